@@ -1,0 +1,55 @@
+"""Owns the configuration that users write down: frozen, keyword-only, checked when made."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from dtrain.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLflowConfig:
+    """Where and what MLflow records.
+
+    Attributes:
+        tracking_uri: MLflow's tracking URI; None: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db.
+        experiment_name: None: MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID, else "dtrain".
+        tags: more tags for the run.
+        log_model: log the trained model, with its signature.
+        log_every: log every n-th step's metrics; None: about ten points a second.
+    """
+
+    tracking_uri: str | None = None
+    experiment_name: str | None = None
+    tags: Mapping[str, str] | None = None
+    log_model: bool = True
+    log_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.log_every is not None and (not isinstance(self.log_every, int) or self.log_every < 1):
+            raise ConfigError(f"log_every={self.log_every!r} must be a whole number of steps, 1 or more, or None")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are made and which are kept.
+
+    Attributes:
+        every_epochs: after every n-th epoch; None: not by epochs. One is always made at the end.
+        keep: how many of the newest are kept.
+        monitor: a metric whose best checkpoint is kept besides; None: newest only.
+        mode: whether the monitored metric is best when small ("min") or large ("max"); "auto" goes by its name.
+    """
+
+    every_epochs: int | None = 1
+    keep: int = 3
+    monitor: str | None = None
+    mode: Literal["auto", "min", "max"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.every_epochs is not None and self.every_epochs < 1:
+            raise ConfigError(f"every_epochs={self.every_epochs!r} must be 1 or more, or None")
+        if self.keep < 1:
+            raise ConfigError(f"keep={self.keep!r} must be 1 or more: the newest checkpoint is always kept")
+        if self.mode not in ("auto", "min", "max"):
+            raise ConfigError(f"mode={self.mode!r} must be 'auto', 'min' or 'max'")

@@ -1,0 +1,139 @@
+"""Owns the values that travel between rooms and processes: frozen dataclasses of plain fields, no behaviour.
+
+Nothing here imports TensorFlow, Ray or MLflow.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Tree = Any
+"""A NumPy array, or a dict, list or tuple of trees (None where there is nothing)."""
+
+Logs = dict[str, float]
+"""Metrics by name, as Keras hands them to callbacks."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """The next mini-batch to train on: `step` counts the mini-batches of the whole job within `epoch`, from 0."""
+
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The unit of conversation: train `num_steps` mini-batches from `position` on, within one epoch."""
+
+    position: Position
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class Membership:
+    """One process's place in the group that all-reduces together.
+
+    `generation` counts the groups of a job; a name of an older one is refused by the rendezvous.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int = 0
+    local_size: int = 1
+    cross_rank: int = 0
+    cross_size: int = 1
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """Where a rank runs."""
+
+    rank: int
+    pid: int
+    host: str
+    node_id: str
+    gpus: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which rows make up each mini-batch of the whole job: all that a sampler needs to know.
+
+    Attributes:
+        num_rows: rows in the data set.
+        batch_size: rows in a mini-batch of the whole job; the last of a pass may have fewer.
+        steps_per_epoch: mini-batches in an epoch; None: one pass over the data.
+        shuffle: True: a new order every pass; "batch": the mini-batches' order only; False: as given.
+        seed: of the shuffling; a run's seed and the number of the fit, say.
+    """
+
+    num_rows: int
+    batch_size: int
+    steps_per_epoch: int | None = None
+    shuffle: bool | str = False
+    seed: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """What a worker needs to know of a fit besides the data and the callbacks."""
+
+    train: BatchPlan
+    epochs: int
+    initial_epoch: int = 0
+    validation: BatchPlan | None = None
+    validation_freq: int | Sequence[int] = 1
+    record_steps: bool = True
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """What an epoch ended with: the epoch's logs, as Keras hands them to `on_epoch_end`, and the learning rate."""
+
+    epoch: int
+    logs: Logs
+    learning_rate: float | None
+
+
+@dataclass(frozen=True)
+class SegmentResult:
+    """What a rank returns from a segment.
+
+    Attributes:
+        position: the next mini-batch to train on.
+        step_logs: for each metric, its value after each step of the segment (running over the epoch, as Keras
+            shows it), the same on all ranks; empty where steps are not recorded.
+        logs: the last of them.
+        seconds: time that the steps took, without validation and callbacks.
+        learning_rates: the learning rate of each step, where the optimizer has one.
+        epoch_end: set when the segment ended an epoch.
+        stop: training is over: a callback set `stop_training`.
+    """
+
+    position: Position
+    num_steps: int
+    rows: int
+    seconds: float
+    logs: Logs
+    step_logs: Mapping[str, Array] = field(default_factory=dict)
+    learning_rate: float | None = None
+    epoch_end: EpochEnd | None = None
+    stop: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the progress bar polls from a worker while it runs."""
+
+    phase: str
+    epoch: int = 0
+    step: int = 0
+    steps: int = 0
+    logs: Logs = field(default_factory=dict)
+    printed: tuple[str, ...] = ()
