@@ -6,7 +6,8 @@ whoever builds (uv, pip, `dtrain install-horovod`). This file imports nothing bu
 promises to change nothing but the sources it is pointed at; an edit whose place is not found stops the build.
 
 `EDITS_VERSION` goes into the build variables of pyproject.toml (a test compares them): change it with the edits,
-or a cached wheel without them would be handed back.
+or a cached wheel without them would be handed back. It also goes into horovod/metadata.json, where Horovod notes the
+TensorFlow that it was built against, so that an installed Horovod can be asked what it is.
 """
 
 import os
@@ -14,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-EDITS_VERSION = "1"
+EDITS_VERSION = "2"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,15 @@ EDITS = (
             "  global_ctx = global_context.ctx;\n"
         ),
         reason="a process set's own interface is empty, so every rank would advertise what its host name resolves to",
+    ),
+    Edit(
+        path="CMakeLists.txt",
+        old=r'"\"dummy\": \"none\"\n}"',
+        new=(
+            r'"\"gpu_operations\": \"$ENV{HOROVOD_GPU_OPERATIONS}\",\n'
+            rf'\"dtrain_edits\": \"{EDITS_VERSION}\"\n}}"'
+        ),
+        reason="an installed Horovod says what it was built with",
     ),
 )
 

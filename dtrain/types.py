@@ -137,3 +137,43 @@ class Progress:
     steps: int = 0
     logs: Logs = field(default_factory=dict)
     printed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker sets up before it runs any of the user's code.
+
+    Attributes:
+        run_name: for the actor's name and its log lines.
+        seed: of Python, NumPy, TensorFlow and Keras.
+        deterministic: the same operations give the same bits.
+        use_gpu: leave the worker the GPUs that Ray gave it; otherwise hide them.
+        intra_threads: TensorFlow's threads within an operation.
+        inter_threads: TensorFlow's threads across operations.
+        keras: what the driver has set in Keras: floatx, epsilon, image_data_format, dtype_policy.
+    """
+
+    run_name: str
+    seed: int
+    deterministic: bool
+    use_gpu: bool
+    intra_threads: int
+    inter_threads: int
+    keras: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a worker's method did not return a value: something raised, on this rank or through the loss of another.
+
+    Attributes:
+        error: one line, "ValueError: ...".
+        traceback: the traceback, from the user's own code on where there is any.
+        lost_peer: the group broke under this rank, which did nothing wrong itself.
+        cause: the exception itself, if it is one of dtrain's own.
+    """
+
+    error: str
+    traceback: str
+    lost_peer: bool = False
+    cause: Exception | None = None

@@ -1,0 +1,108 @@
+"""Owns which callbacks run where, and that what they decide holds on every rank.
+
+Keras's deciding callbacks run on every rank, with the same logs. Those that write, and all of the user's, run on rank
+0 alone; what such a hook does to `stop_training`, the optimizer or the weights is broadcast after it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import keras
+import numpy as np
+
+from dtrain.collective import Collective
+from dtrain.keras_internals import is_default, recorded_assignments
+from dtrain.types import Logs
+
+T = TypeVar("T")
+
+_DECIDING = (
+    keras.callbacks.EarlyStopping,
+    keras.callbacks.LearningRateScheduler,
+    keras.callbacks.ReduceLROnPlateau,
+    keras.callbacks.SwapEMAWeights,
+    keras.callbacks.TerminateOnNaN,
+)
+
+
+def runs_on_every_rank(callback: keras.callbacks.Callback) -> bool:
+    """Whether a callback decides rather than writes, or opted in with `dtrain.on_every_rank`."""
+    return type(callback) in _DECIDING or getattr(callback, "dtrain_on_every_rank", False)
+
+
+class RankCallbacks:
+    """The callbacks of a fit, an evaluate or a predict on one rank: call hooks as on a keras CallbackList.
+
+    Args:
+        callbacks: all of the user's; every rank is given the same list.
+        model: this rank's model.
+        collective: every hook is collective where a callback that runs on rank 0 alone takes part in it.
+        add_history: keep Keras's History of it.
+        params: as Keras hands them to `set_params`.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[keras.callbacks.Callback],
+        model: keras.Model,
+        collective: Collective,
+        add_history: bool = False,
+        **params: Any,
+    ) -> None:
+        self._model = model
+        self._collective = collective
+        self._only_first = [callback for callback in callbacks if not runs_on_every_rank(callback)]
+        self.own = [c for c in callbacks if collective.rank == 0 or runs_on_every_rank(c)]
+        self._list = keras.callbacks.CallbackList(list(self.own), add_history, model=model, **params)
+        self.has_train_batch_hooks = any(_overrides(c, hook) for c in callbacks for hook in _batch_hooks("train"))
+        self.has_test_batch_hooks = any(_overrides(c, hook) for c in callbacks for hook in _batch_hooks("test"))
+
+    def __call__(self, hook: str, *args: Any, logs: Logs | None = None) -> None:
+        """Call `hook` of every callback that runs here; afterwards its effects hold on all ranks."""
+        with recorded_assignments() as assigned:
+            getattr(self._list, hook)(*args, logs)
+        if self._collective.world_size > 1 and any(_overrides(c, hook) for c in self._only_first):
+            self._agree(hook, assigned)
+
+    def history(self) -> dict[str, list[float]]:
+        """Keras's History of the fit so far."""
+        history: dict[str, list[float]] = self._model.history.history
+        return history
+
+    def _agree(self, hook: str, assigned: Sequence[Any]) -> None:
+        variables = _variables_of(self._model)
+        changed = [i for i, v in enumerate(variables) if any(v is other for other in assigned)]
+        decision = {"stop": bool(self._model.stop_training), "changed": changed}
+        decision = self._collective.broadcast_json(decision, f"{hook}.decision")
+        self._model.stop_training = decision["stop"]
+        values = [np.asarray(variables[i]) for i in decision["changed"]]
+        for index, value in zip(decision["changed"], self._collective.broadcast(values, f"{hook}.values"), strict=True):
+            variables[index].assign(value)
+
+
+def on_every_rank(callback: T) -> T:
+    """Mark a callback (its class, or one object) to run on every rank instead of rank 0 alone.
+
+    Its hooks get the same logs everywhere; they must do the same everywhere to model and optimizer.
+
+    Example:
+        >>> @dtrain.on_every_rank
+        ... class StopAtOneTenth(keras.callbacks.Callback):
+        ...     def on_epoch_end(self, epoch, logs=None):
+        ...         self.model.stop_training = logs["loss"] < 0.1
+    """
+    callback.dtrain_on_every_rank = True  # type: ignore[attr-defined]
+    return callback
+
+
+def _variables_of(model: keras.Model) -> list[Any]:
+    return [*model.variables, *(model.optimizer.variables if model.optimizer is not None else ())]
+
+
+def _batch_hooks(kind: str) -> tuple[str, str]:
+    return f"on_{kind}_batch_begin", f"on_{kind}_batch_end"
+
+
+def _overrides(callback: keras.callbacks.Callback, hook: str) -> bool:
+    names = (hook, hook.replace("on_train_batch", "on_batch"))  # Keras calls the old name from the new one
+    return not all(is_default(getattr(callback, name)) for name in names)

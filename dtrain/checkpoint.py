@@ -1,0 +1,585 @@
+"""Owns checkpoints: files in a folder, and a manifest, written last, that makes the folder a checkpoint.
+
+A folder without `manifest.json` is no checkpoint, on a local disk as on an object store (where a rename is not atomic).
+Tensors are safetensors files and all else is JSON: nothing is unpickled. What is read is untrusted: names, sizes,
+array headers and SHA-256 sums are checked against the manifest before anything is used. Which checkpoint to make, and
+what the tensors mean, is decided elsewhere; only one process may commit to a store at a time.
+
+    <root>/step-000000120/model.safetensors  state.json  manifest.json
+    <root>/.staging-step-000000180-5f3a9c01/...             being written (local disks; elsewhere without the prefix)
+"""
+
+import builtins
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import fsspec  # type: ignore[import-untyped]
+import ml_dtypes  # noqa: F401  (makes NumPy know bfloat16 and float8)
+import numpy as np
+import safetensors.numpy
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+
+from dtrain.errors import CheckpointError, ConfigError
+from dtrain.types import Array, Position
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+_FOLDER = re.compile(r"step-(\d{9,18})(?:-(\d{1,9}))?")
+_STAGING = re.compile(r"\.staging-(.+)-[0-9a-f]{8}")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.(?:safetensors|json)")
+_MANIFEST_LIMIT = 64 << 20
+_HEADER_LIMIT = 100_000_000  # safetensors' own
+_DTYPES = {
+    **{"BOOL": "bool", "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64"},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+}
+_DTYPE_NAMES = {name: code for code, name in _DTYPES.items()}
+
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+"""The dtype (safetensors' code) and the shape of each tensor."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A written file: what the manifest says of it. `tensors` is None for JSON."""
+
+    name: str
+    size: int
+    sha256: str
+    tensors: Layout | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint is of.
+
+    Attributes:
+        step: mini-batches trained since the run began; it names the folder.
+        position: the next mini-batch to train on.
+        world_size: ranks that trained it.
+        seed: the run's.
+        model_digest: `structure_digest` of the model's variables.
+        versions: of dtrain, Keras and so on, by name.
+        metrics: the newest ones.
+        extra: more plain JSON values.
+        files: what the workers' `Staging` returned, all of them.
+        created: UTC, ISO 8601.
+    """
+
+    step: int
+    position: Position
+    world_size: int
+    seed: int
+    model_digest: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[FileRecord, ...] = ()
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint; not yet verified."""
+
+    url: str
+    step: int
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A verified checkpoint. Arrays are read-only views of what was read.
+
+    Attributes:
+        tensors: by file name, then by tensor name.
+        state: the JSON files' contents by file name.
+    """
+
+    checkpoint: Checkpoint
+    manifest: Manifest
+    tensors: Mapping[str, Mapping[str, Array]]
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Staging:
+    """A checkpoint being written: a value that travels to the workers, each of which writes files of its own names.
+
+    Once it is committed or discarded its folder is gone from a local disk, so a worker that comes late can write nothing.
+    """
+
+    url: str
+    target: str
+    step: int
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Array]) -> FileRecord:
+        """Writes arrays (numbers and bools, any shape) to the file `name`, which ends in .safetensors.
+
+        Raises:
+            CheckpointError: the file cannot be written, or an array's dtype not stored.
+        """
+        # safetensors takes memory as it lies: what is not in C order would come back scrambled.
+        arrays = {key: np.asarray(value, order="C") for key, value in tensors.items()}
+        layout = _layout(arrays, f"{self.url}/{name}")
+        return self._write(name, safetensors.numpy.save(arrays), layout)
+
+    def write_json(self, name: str, value: Any) -> FileRecord:
+        """Writes a plain JSON value to the file `name`, which ends in .json."""
+        return self._write(name, json.dumps(value, sort_keys=True).encode(), None)
+
+    def _write(self, name: str, data: bytes, layout: Layout | None) -> FileRecord:
+        _check_name(name, self.url)
+        with _as_checkpoint_error(f"{self.url}/{name}", "written", "free space, or choose another storage_path"):
+            Folder(self.url).write(name, data)
+        return FileRecord(name, len(data), hashlib.sha256(data).hexdigest(), layout)
+
+
+class CheckpointStore:
+    """The checkpoints in one folder.
+
+    Args:
+        root: a local path or an fsspec URL (file://, memory://, s3://...); it is made at the first `stage`.
+
+    Raises:
+        ConfigError: the kind of storage is unknown, or its package is missing.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root = Folder(root)
+        self.url = self._root.url
+
+    def stage(self, step: int) -> Staging:
+        """Begins a checkpoint after `step` steps: an empty folder for the workers to write into.
+
+        A step that was staged before gets a folder of its own: what is committed is never written to again.
+        """
+        newest = self.latest()
+        if newest and newest.step > step:
+            raise CheckpointError(
+                f"step={step} is older than the newest checkpoint, {newest.url}: rewind the store first"
+            )
+        with _as_checkpoint_error(self.url, "written", "free space, or choose another storage_path"):
+            taken = {match[1] if (match := _STAGING.fullmatch(name)) else name for name in self._root.entries()}
+            names = (f"step-{step:09d}" + (f"-{again}" if again else "") for again in range(len(taken) + 1))
+            target = next(name for name in names if name not in taken)
+            folder = self._root / (f".staging-{target}-{secrets.token_hex(4)}" if self._root.is_local else target)
+            folder.make()
+        return Staging(folder.url, target, step)
+
+    def commit(self, staging: Staging, manifest: Manifest) -> Checkpoint:
+        """Makes the staged files a checkpoint, all or nothing; called by the controller alone.
+
+        Raises:
+            CheckpointError: a file of the manifest is not there, or writing failed. Then there is no such checkpoint.
+        """
+        staged, target = Folder(staging.url), self._root / staging.target
+        with _as_checkpoint_error(target.url, "committed", "free space, or choose another storage_path"):
+            _check_staged(staged, manifest)
+            if staged.url != target.url:
+                staged.move(target)
+            target.replace(MANIFEST, _encode(manifest))
+        return Checkpoint(target.url, manifest.step)
+
+    def discard(self, staging: Staging) -> None:
+        """Removes a staging folder that will not be committed."""
+        with _as_checkpoint_error(staging.url, "removed", "remove it by hand"):
+            Folder(staging.url).remove()
+
+    def list(self) -> tuple[Checkpoint, ...]:
+        """The committed checkpoints, oldest first. Only `load` tells whether they are whole."""
+        with _as_checkpoint_error(self.url, "listed", "check the path and the access rights"):
+            return tuple(
+                Checkpoint((self._root / name).url, _order(name)[0])
+                for name in self._names()
+                if _FOLDER.fullmatch(name) and (self._root / name).has(MANIFEST)
+            )
+
+    def latest(self) -> Checkpoint | None:
+        """The newest committed checkpoint."""
+        return next(reversed(self.list()), None)
+
+    def load(self, checkpoint: Checkpoint | str) -> LoadedCheckpoint:
+        """Reads and verifies a checkpoint, by its URL or as listed; of any store. See `load`."""
+        return load(checkpoint)
+
+    def latest_valid(self) -> tuple[LoadedCheckpoint | None, tuple[str, ...]]:
+        """The newest checkpoint that verifies, and why each newer one does not."""
+        refused: list[str] = []
+        for checkpoint in reversed(self.list()):
+            try:
+                return load(checkpoint), tuple(refused)
+            except CheckpointError as error:
+                refused.append(str(error))
+        return None, tuple(refused)
+
+    def prune(self, keep: int, best: Checkpoint | None = None) -> None:
+        """Removes all but the newest `keep` checkpoints and `best`, and what older unfinished commits left."""
+        if keep < 1:
+            raise ConfigError(f"keep={keep!r} must be 1 or more: the newest checkpoint is always kept")
+        committed = self.list()
+        spared = {checkpoint.url for checkpoint in (*committed[-keep:], *filter(None, [best]))}
+        self._remove(lambda url, order: url not in spared and bool(committed) and order <= _order(committed[-1].url))
+
+    def rewind(self, checkpoint: Checkpoint | None) -> None:
+        """Removes everything newer than `checkpoint` (None: everything), before training goes on from there.
+
+        Otherwise the newest checkpoint would be one of the abandoned steps.
+        """
+        self._remove(lambda _, order: checkpoint is None or order > _order(checkpoint.url))
+
+    def _remove(self, is_doomed: Callable[[str, tuple[int, int]], bool]) -> None:
+        with _as_checkpoint_error(self.url, "pruned", "remove old checkpoints by hand"):
+            for name in self._names():
+                folder = self._root / name
+                if is_doomed(folder.url, _order(name)):
+                    folder.remove_file(MANIFEST)  # first: a kill here must not leave half a checkpoint
+                    folder.remove()
+
+    def _names(self) -> builtins.list[str]:
+        """Our folders, committed or not, oldest first."""
+        entries = self._root.entries()
+        return sorted(
+            (name for name, entry in entries.items() if entry.kind == "directory" and _order(name)), key=_order
+        )
+
+
+def load(checkpoint: Checkpoint | str) -> LoadedCheckpoint:
+    """Reads a checkpoint and verifies all of it: listing, sizes, array headers, then contents.
+
+    Raises:
+        CheckpointError: it is missing, damaged, of a newer format, or holds what it should not.
+        ConfigError: the URL's kind of storage is unknown.
+    """
+    url = checkpoint if isinstance(checkpoint, str) else checkpoint.url
+    folder = Folder(url)
+    with _as_checkpoint_error(folder.url, "read", "check the path and the access rights"):
+        manifest = read_manifest(folder.url)
+        _check_listing(folder, manifest)
+        layouts = {
+            record.name: _check_header(folder, record) for record in manifest.files if record.tensors is not None
+        }
+        contents = {record.name: _read_verified(folder, record) for record in manifest.files}
+    try:
+        state = {name: json.loads(data) for name, data in contents.items() if name not in layouts}
+    except (ValueError, RecursionError) as error:
+        raise _damaged(folder, f"a state file is not JSON ({error})") from error
+    tensors = {name: _views(contents[name], layout) for name, layout in layouts.items()}
+    return LoadedCheckpoint(Checkpoint(folder.url, manifest.step), manifest, tensors, state)
+
+
+def read_manifest(url: str) -> Manifest:
+    """A checkpoint's manifest alone, verified; enough to list metrics or to compare variables. Raises CheckpointError."""
+    folder = Folder(url)
+    with _as_checkpoint_error(folder.url, "read", "check the path and the access rights"):
+        entry = folder.entries().get(MANIFEST)
+        if entry is None:
+            raise CheckpointError(
+                f"{folder.url} is no checkpoint: it has no {MANIFEST}. It is missing or was not finished; "
+                "give the URL of a step-... folder"
+            )
+        if entry.kind != "file" or entry.size > _MANIFEST_LIMIT:
+            raise _damaged(folder, f"{MANIFEST} is a {entry.kind} of {entry.size} bytes")
+        raw = folder.read(MANIFEST)
+    try:
+        return _decode(raw, folder)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise _damaged(folder, f"{MANIFEST} cannot be understood ({error})") from error
+
+
+def structure_digest(variables: Mapping[str, tuple[tuple[int, ...], str]]) -> str:
+    """SHA-256 of names, shapes and dtypes: equal for models whose weights fit each other. Values: (shape, dtype)."""
+    listed = sorted([name, list(shape), dtype] for name, (shape, dtype) in variables.items())
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a folder lists: `kind` is file, directory or other (links, devices)."""
+
+    kind: str
+    size: int
+
+
+class Folder:
+    """A folder on a local disk or behind fsspec: what differs between the two is in here. Raises OSError.
+
+    Names never come from outside unchecked, and no glob is expanded.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            self._fs, path = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(
+                f"{url!r} cannot be used as storage: {error}. Use a local path, or install fsspec's package for that kind"
+            ) from error
+        self.path = str(path).rstrip("/") or "/"
+        self.is_local = isinstance(self._fs, LocalFileSystem)
+        self.url = self.path if self.is_local else str(self._fs.unstrip_protocol(self.path))
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(f"{self.url}/{name}")
+
+    def entries(self) -> dict[str, Entry]:
+        """What is in it, links not followed; nothing if it is missing."""
+        try:
+            if self.is_local:
+                with os.scandir(self.path) as found:
+                    return {item.name: _local_entry(item) for item in found}
+            self._fs.invalidate_cache(self.path)
+            items = self._fs.ls(self.path, detail=True)
+        except FileNotFoundError:
+            return {}
+        named = ((item["name"].rstrip("/").rpartition("/")[2], item) for item in items)
+        # An object store may list the folder itself, as an empty object.
+        return {
+            name: Entry(item["type"], item["size"] or 0) for name, item in named if name and item["name"] != self.path
+        }
+
+    def has(self, name: str) -> bool:
+        """Whether there is a plain file of that name."""
+        if self.is_local:
+            with suppress(FileNotFoundError):
+                return stat.S_ISREG(os.lstat(f"{self.path}/{name}").st_mode)
+            return False
+        self._fs.invalidate_cache(self.path)
+        return bool(self._fs.isfile(f"{self.path}/{name}"))
+
+    def read(self, name: str, limit: int = -1) -> bytes:
+        """The first `limit` bytes of a file; -1: all."""
+        with open(f"{self.path}/{name}", "rb") if self.is_local else self._fs.open(f"{self.path}/{name}", "rb") as file:
+            return bytes(file.read(limit))
+
+    def make(self) -> None:
+        """Makes it, for its owner alone, and the folders above it."""
+        if not self.is_local:
+            self._fs.makedirs(self.path, exist_ok=True)
+            return
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        os.mkdir(self.path, 0o700)
+        _sync_folder(os.path.dirname(self.path))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file and, on a local disk, waits until it is there. The folder must exist."""
+        if not self.is_local:
+            with self._fs.open(f"{self.path}/{name}", "wb") as file:
+                file.write(data)
+            return
+        with open(f"{self.path}/{name}", "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Writes a file that others see as it was or as it is now, never in between."""
+        if not self.is_local:
+            self.write(name, data)  # an object appears when it is complete
+            return
+        self.write(f"{name}.tmp", data)
+        os.replace(f"{self.path}/{name}.tmp", f"{self.path}/{name}")
+        _sync_folder(self.path)
+
+    def move(self, target: "Folder") -> None:
+        """Renames it, on a local disk; the target must not exist."""
+        _sync_folder(self.path)
+        os.rename(self.path, target.path)
+        _sync_folder(os.path.dirname(target.path))
+
+    def remove_file(self, name: str) -> None:
+        """Removes a file, if it is there."""
+        with suppress(FileNotFoundError):
+            os.remove(f"{self.path}/{name}") if self.is_local else self._fs.rm_file(f"{self.path}/{name}")
+
+    def remove(self) -> None:
+        """Removes it with all that is in it, if it is there."""
+        if self.is_local:
+            with suppress(FileNotFoundError):
+                shutil.rmtree(self.path)
+            return
+        # File by file: fsspec's rm expands globs.
+        for path in self._fs.find(self.path):
+            self._fs.rm_file(path)
+        with suppress(OSError, NotImplementedError):
+            self._fs.rmdir(self.path)
+
+
+def _local_entry(item: "os.DirEntry[str]") -> Entry:
+    info = item.stat(follow_symlinks=False)
+    kind = "file" if stat.S_ISREG(info.st_mode) else "directory" if stat.S_ISDIR(info.st_mode) else "other"
+    return Entry(kind, info.st_size)
+
+
+def _sync_folder(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _order(name_or_url: str) -> tuple[int, int] | tuple[()]:
+    """(step, attempt) of a folder of ours, else ()."""
+    name = name_or_url.rpartition("/")[2]
+    staging = _STAGING.fullmatch(name)
+    match = _FOLDER.fullmatch(staging[1] if staging else name)
+    return (int(match[1]), int(match[2] or 0)) if match else ()
+
+
+def _check_name(name: str, where: str) -> str:
+    if not _FILE.fullmatch(name) or name == MANIFEST:
+        raise CheckpointError(
+            f"{where}: {name!r} is no name for a checkpoint's file: it must be letters, digits, - and _, ending in "
+            ".safetensors or .json"
+        )
+    return name
+
+
+def _layout(arrays: Mapping[str, Array], where: str) -> Layout:
+    for key, array in arrays.items():
+        if array.dtype.name not in _DTYPE_NAMES:
+            raise CheckpointError(
+                f"{where}: tensor {key!r} has dtype {array.dtype.name}: it must be one of {[*_DTYPE_NAMES]}"
+            )
+    return {key: (_DTYPE_NAMES[array.dtype.name], array.shape) for key, array in arrays.items()}
+
+
+def _check_staged(staged: Folder, manifest: Manifest) -> None:
+    """All files of the manifest are there in their sizes, and what others left (of a killed worker, say) is not."""
+    entries = staged.entries()
+    for record in manifest.files:
+        entry = entries.pop(record.name, None)
+        if entry is None or entry.size != record.size:
+            found = f"has {entry.size} bytes, not {record.size}" if entry else "is not there"
+            raise CheckpointError(
+                f"{staged.url}/{record.name} was written by a worker but {found}: with workers on several machines "
+                "storage_path must be shared by all, a network folder or an fsspec URL"
+            )
+    for name in entries:
+        staged.remove_file(name)
+
+
+def _check_listing(folder: Folder, manifest: Manifest) -> None:
+    entries = folder.entries()
+    entries.pop(MANIFEST, None)
+    for record in manifest.files:
+        entry = entries.pop(record.name, None)
+        if entry is None:
+            raise _damaged(folder, f"{record.name} is missing")
+        if entry.kind != "file":
+            raise _damaged(folder, f"{record.name} is not a plain file")
+        if entry.size != record.size:
+            raise _damaged(folder, f"{record.name} has {entry.size} bytes, not {record.size}")
+    if entries:
+        raise _damaged(folder, f"{sorted(entries)[0]} does not belong to it")
+
+
+def _check_header(folder: Folder, record: FileRecord) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Dtype, shape and offset of each tensor, if the file's header says what the manifest says and fits the file."""
+    size = int.from_bytes(folder.read(record.name, 8), "little")
+    if size > min(_HEADER_LIMIT, record.size - 8):
+        raise _damaged(folder, f"{record.name} has a header of {size} bytes")
+    try:
+        header = json.loads(folder.read(record.name, 8 + size)[8:])
+        header.pop("__metadata__", None)
+        spans = sorted((*item["data_offsets"], key) for key, item in header.items())
+        found = {key: (item["dtype"], tuple(item["shape"])) for key, item in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(folder, f"{record.name} has a header that cannot be understood ({error})") from error
+    if found != record.tensors:
+        raise _damaged(folder, f"{record.name} does not hold the tensors that the manifest names")
+    offsets, end = {}, 0
+    for start, stop, key in spans:
+        dtype, shape = found[key]
+        if start != end or stop - start != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
+            raise _damaged(folder, f"{record.name} says that tensor {key!r} lies at bytes {start} to {stop}")
+        offsets[key], end = (dtype, shape, 8 + size + start), stop
+    if 8 + size + end != record.size:
+        raise _damaged(folder, f"{record.name} has {record.size} bytes, but its tensors end at {8 + size + end}")
+    return offsets
+
+
+def _read_verified(folder: Folder, record: FileRecord) -> bytes:
+    data = folder.read(record.name, record.size)
+    if hashlib.sha256(data).hexdigest() != record.sha256:
+        raise _damaged(folder, f"the SHA-256 of {record.name} is not the manifest's")
+    return data
+
+
+def _views(data: bytes, offsets: Mapping[str, tuple[str, tuple[int, ...], int]]) -> dict[str, Array]:
+    return {
+        key: np.ndarray(shape, np.dtype(_DTYPES[dtype]), buffer=data, offset=offset)
+        if math.prod(shape)
+        else np.empty(shape, np.dtype(_DTYPES[dtype]))
+        for key, (dtype, shape, offset) in offsets.items()
+    }
+
+
+_SEAL = b',\n "digest": "'
+
+
+def _encode(manifest: Manifest) -> bytes:
+    """JSON whose last entry is the SHA-256 of all bytes before it, so that damage to the manifest itself shows."""
+    fields = {"format": FORMAT, **asdict(manifest)}
+    fields["files"] = {f["name"]: {k: v for k, v in f.items() if k != "name"} for f in fields["files"]}
+    head = json.dumps(fields, indent=1).removesuffix("\n}").encode()
+    return head + _SEAL + hashlib.sha256(head).hexdigest().encode() + b'"\n}\n'
+
+
+def _decode(raw: bytes, folder: Folder) -> Manifest:
+    fields = json.loads(raw)
+    version = fields.pop("format")
+    if not isinstance(version, int) or version > FORMAT:
+        raise CheckpointError(
+            f"{folder.url} is of checkpoint format {version!r}; this dtrain reads up to {FORMAT}: upgrade dtrain"
+        )
+    head, _, seal = raw.rpartition(_SEAL)
+    if seal != hashlib.sha256(head).hexdigest().encode() + b'"\n}\n':
+        raise ValueError("its own digest does not match")
+    del fields["digest"]
+    fields["position"] = Position(**fields["position"])
+    fields["files"] = tuple(_decode_record(name, item, folder) for name, item in fields["files"].items())
+    return Manifest(**fields)
+
+
+def _decode_record(name: str, item: Mapping[str, Any], folder: Folder) -> FileRecord:
+    _check_name(name, folder.url)
+    size, sha256, tensors = item["size"], item["sha256"], item["tensors"]
+    if (
+        (tensors is None) != name.endswith(".json")
+        or not isinstance(size, int)
+        or size < (8 if tensors is not None else 0)
+    ):
+        raise ValueError(f"the entry of {name}")
+    if tensors is None:
+        return FileRecord(name, size, sha256)
+    layout = {key: (dtype, tuple(shape)) for key, (dtype, shape) in tensors.items()}
+    for key, (dtype, shape) in layout.items():
+        if dtype not in _DTYPES or not all(type(n) is int and 0 <= n <= size for n in shape):
+            raise ValueError(f"tensor {key!r} of {name} is said to be {dtype} {shape}")
+    return FileRecord(name, size, sha256, layout)
+
+
+def _damaged(folder: Folder, what: str) -> CheckpointError:
+    return CheckpointError(f"{folder.url} is damaged: {what}. Use another checkpoint, or copy it again from its source")
+
+
+@contextmanager
+def _as_checkpoint_error(what: str, verb: str, fix: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{what} cannot be {verb}: {error}; {fix}") from error

@@ -1,0 +1,178 @@
+"""Owns how ranks exchange tensors: the Collective protocol, Horovod's version and one for a single process.
+
+The only user of horovod at run time. Every call is collective: all ranks must make it, in the same order, with the
+same name, shapes and dtypes. Nothing here is ever pickled or unpickled.
+
+Horovod's operations are not stateful: an all-reduce whose inputs are constants may be folded away while a graph is
+optimised, and the ranks then wait for each other for ever. Never all-reduce a constant inside a tf.function.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from dtrain.types import Array, Membership
+
+
+class Collective(Protocol):
+    """What a rank needs of its group. `name` tells operations apart; two in flight must not share one."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def all_reduce(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        """Sum each tensor over ranks. Differentiable; works eagerly and inside a tf.function."""
+
+    def all_gather_slices(self, slices: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
+        """Concatenate the rows of a sparse gradient over ranks, in rank order, unmerged."""
+
+    def broadcast(self, arrays: Sequence[Array], name: str, root: int = 0) -> list[Array]:
+        """Return `root`'s arrays, bit for bit, on all ranks. The others' give shapes and dtypes. Eager only."""
+
+    def broadcast_json(self, value: Any, name: str, root: int = 0) -> Any:
+        """Return `root`'s value (anything JSON can say) on all ranks. Eager only."""
+
+    def all_gather_json(self, value: Any, name: str) -> list[Any]:
+        """Return every rank's value, in rank order, on all ranks. Eager only."""
+
+    def close(self) -> None:
+        """Leave the group. Must not fail when other ranks are gone."""
+
+
+class LocalCollective:
+    """The group of one process: every operation returns what it was given."""
+
+    rank = 0
+    world_size = 1
+
+    def all_reduce(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        return list(tensors)
+
+    def all_gather_slices(self, slices: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
+        return slices
+
+    def broadcast(self, arrays: Sequence[Array], name: str, root: int = 0) -> list[Array]:
+        return list(arrays)
+
+    def broadcast_json(self, value: Any, name: str, root: int = 0) -> Any:
+        return value
+
+    def all_gather_json(self, value: Any, name: str) -> list[Any]:
+        return [value]
+
+    def close(self) -> None:
+        pass
+
+
+class HorovodCollective:
+    """A place in a group of processes that Horovod joins over Gloo.
+
+    Args:
+        membership: this process's place.
+        rendezvous: where the group meets, as `dtrain.rendezvous.RendezvousServer` gives it.
+        interface: the network interface that the group talks over; "lo" when all ranks are on one machine.
+        timeout: seconds after which a silent peer counts as gone.
+
+    A failure inside Horovod's start aborts the process (SIGABRT); it cannot be caught here.
+    """
+
+    def __init__(self, membership: Membership, rendezvous: str, interface: str, timeout: float = 60.0) -> None:
+        os.environ.update(horovod_environment(membership, rendezvous, interface, timeout))
+        import horovod.tensorflow as hvd
+
+        hvd.init()
+        self._hvd = hvd
+        self.rank = membership.rank
+        self.world_size = membership.world_size
+
+    def all_reduce(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        by_dtype: dict[tf.DType, list[int]] = defaultdict(list)
+        for index, tensor in enumerate(tensors):
+            by_dtype[tensor.dtype].append(index)
+        reduced: list[Any] = [None] * len(tensors)
+        for dtype, indices in by_dtype.items():  # a grouped all-reduce is one node: all of it arrives, or none
+            group = self._hvd.grouped_allreduce(
+                [tensors[index] for index in indices],
+                op=self._hvd.Sum,
+                name=f"{name}.{dtype.name}",
+                ignore_name_scope=True,
+            )
+            for index, tensor in zip(indices, group, strict=True):
+                tensor.set_shape(tensors[index].shape)
+                reduced[index] = tensor
+        return reduced
+
+    def all_gather_slices(self, slices: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
+        values = self._hvd.allgather(slices.values, name=f"{name}.values", ignore_name_scope=True)
+        indices = self._hvd.allgather(slices.indices, name=f"{name}.indices", ignore_name_scope=True)
+        return tf.IndexedSlices(values, indices, dense_shape=slices.dense_shape)
+
+    def broadcast(self, arrays: Sequence[Array], name: str, root: int = 0) -> list[Array]:
+        if not arrays:
+            return []
+        own = np.concatenate([_as_bytes(array) for array in arrays])
+        received = self._broadcast_bytes(own, name, root)
+        ends = np.cumsum([array.nbytes for array in arrays])
+        parts = np.split(received, ends[:-1])
+        return [part.view(array.dtype).reshape(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+    def broadcast_json(self, value: Any, name: str, root: int = 0) -> Any:
+        own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        length = self._broadcast_bytes(np.array([own.size], np.int64).view(np.uint8), f"{name}.length", root)
+        size = int(length.view(np.int64)[0])
+        received = self._broadcast_bytes(own if self.rank == root else np.zeros(size, np.uint8), name, root)
+        return json.loads(received.tobytes())
+
+    def all_gather_json(self, value: Any, name: str) -> list[Any]:
+        own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        lengths = self._hvd.allgather(tf.constant([own.size], tf.int64), name=f"{name}.length").numpy()
+        every = self._hvd.allgather(tf.constant(own), name=name).numpy()
+        return [json.loads(part.tobytes()) for part in np.split(every, np.cumsum(lengths)[:-1])]
+
+    def close(self) -> None:
+        self._hvd.shutdown()
+
+    def _broadcast_bytes(self, data: Array, name: str, root: int) -> Array:
+        received: Array = self._hvd.broadcast(tf.constant(data), root, name=name).numpy()
+        return received
+
+
+def horovod_environment(membership: Membership, rendezvous: str, interface: str, timeout: float) -> dict[str, str]:
+    """The environment variables that Horovod's start reads."""
+    place = membership
+    return {
+        "HOROVOD_RANK": str(place.rank),
+        "HOROVOD_SIZE": str(place.world_size),
+        "HOROVOD_LOCAL_RANK": str(place.local_rank),
+        "HOROVOD_LOCAL_SIZE": str(place.local_size),
+        "HOROVOD_CROSS_RANK": str(place.cross_rank),
+        "HOROVOD_CROSS_SIZE": str(place.cross_size),
+        "HOROVOD_HOSTNAME": f"node{place.cross_rank}",
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": rendezvous,
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": "1",  # the port rides in the address, in front of the secret
+        "HOROVOD_GLOO_IFACE": interface,
+        "HOROVOD_GLOO_TIMEOUT_SECONDS": str(max(1, round(timeout))),
+        "HOROVOD_CONTROLLER": "gloo",
+        "HOROVOD_CPU_OPERATIONS": "gloo",
+        "HOROVOD_LOG_LEVEL": os.environ.get("HOROVOD_LOG_LEVEL", "fatal"),
+    }
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error of TensorFlow's says that the group broke, rather than that this rank went wrong."""
+    text = str(error)
+    return isinstance(error, tf.errors.OpError) and ("Horovod" in text or "horovod" in text)
+
+
+def _as_bytes(array: Array) -> Array:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+

@@ -1,0 +1,102 @@
+"""Owns reading ahead: this rank's rows, a few steps at a time, in a background thread that ends with the iterator."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from dtrain.data.sampler import Sampler, shard
+from dtrain.data.source import DataSource, map_tree
+from dtrain.types import BatchPlan, Tree
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """This rank's rows of some consecutive steps, whose mini-batches are all of one size.
+
+    Attributes:
+        first_step: the first step, counted within the epoch.
+        num_steps: K, 1 or more.
+        data: (x,), (x, y) or (x, y, sample_weight); every leaf is (K, local rows, ...). It may share memory with the
+            source: never write to it.
+        share: what this rank's mean loss counts in the mini-batch's.
+        whole: every rank has all the rows, because there are fewer rows than ranks.
+        global_rows: rows of the whole mini-batch, the same for every step of the chunk.
+    """
+
+    first_step: int
+    num_steps: int
+    data: Tree
+    share: float
+    whole: bool
+    global_rows: int
+
+
+class Loader:
+    """Reads this rank's rows ahead of the step that needs them.
+
+    Args:
+        source: the data set, the same on all ranks.
+        plan: which rows make up each mini-batch of the whole job.
+        rank: this rank.
+        world_size: the number of ranks.
+        convert: applied to a chunk's data in the background thread; to make tensors of it, say.
+        prefetch: chunks read ahead; 0: none, each is read when asked for.
+        first_epoch: the fit's `initial_epoch` (see `Sampler`).
+    """
+
+    def __init__(
+        self,
+        source: DataSource,
+        plan: BatchPlan,
+        rank: int,
+        world_size: int,
+        convert: Callable[[Tree], Tree] = lambda data: data,
+        prefetch: int = 2,
+        first_epoch: int = 0,
+    ) -> None:
+        self.source = source
+        self.sampler = Sampler(plan, first_epoch)
+        self.rank = rank
+        self.world_size = world_size
+        self.convert = convert
+        self.prefetch = prefetch
+
+    def chunks(self, epoch: int, first_step: int, num_steps: int, steps_per_chunk: int) -> Iterator[Chunk]:
+        """This rank's rows of `num_steps` steps from `first_step` on, in order, `steps_per_chunk` steps at a time.
+
+        A chunk never mixes mini-batches of different sizes: the partial one at the end of a pass comes alone. What the
+        source raises is raised here, when its chunk is due. The thread lives from the first chunk until the iterator is
+        exhausted, closed, or has raised.
+        """
+        ahead: deque[Future[Chunk]] = deque()
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtrain-loader")
+        try:
+            for span in self._spans(epoch, first_step, num_steps, steps_per_chunk):
+                ahead.append(pool.submit(self._read, epoch, *span))
+                if len(ahead) > self.prefetch:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _spans(self, epoch: int, first_step: int, num_steps: int, longest: int) -> Iterator[tuple[int, int]]:
+        """The first step and the number of steps of each chunk."""
+        step, end = first_step, first_step + num_steps
+        while step < end:
+            size, count = self.sampler.batch_size_at(epoch, step), 1
+            while count < longest and step + count < end and self.sampler.batch_size_at(epoch, step + count) == size:
+                count += 1
+            yield step, count
+            step += count
+
+    def _read(self, epoch: int, first_step: int, num_steps: int) -> Chunk:
+        global_rows = self.sampler.batch_size_at(epoch, first_step)
+        part = shard(global_rows, self.world_size, self.rank)
+        rows = np.stack([batch[part.rows] for batch in self.sampler.batches(epoch, first_step, num_steps)])
+        flat = self.source.read(rows.reshape(-1))
+        data = map_tree(lambda leaf: leaf.reshape(rows.shape + leaf.shape[1:]), flat)
+        return Chunk(first_step, num_steps, self.convert(data), part.share, part.whole, global_rows)

@@ -1,0 +1,67 @@
+"""Owns every private name of Keras that dtrain relies on, so that a new Keras version is checked in one place.
+
+tests/test_keras_internals.py says what each of them must do.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import keras
+from keras.src.backend.common.variables import Variable
+from keras.src.losses import loss as loss_module
+from keras.src.metrics.reduction_metrics import Mean
+from keras.src.random import seed_generator as seed_module
+from keras.src.trainers.data_adapters.data_adapter_utils import unpack_x_y_sample_weight
+from keras.src.utils import is_default
+
+__all__ = [
+    "Mean",
+    "build_from_batch",
+    "global_seed_generator",
+    "is_default",
+    "layers_of",
+    "loss_module",
+    "recorded_assignments",
+    "seed_generators_of",
+    "unpack_x_y_sample_weight",
+]
+
+
+def build_from_batch(model: keras.Model, batch: Any) -> None:
+    """Create the variables of model, loss, metrics and optimizer from one batch, without computing anything."""
+    model._symbolic_build(data_batch=batch)
+
+
+def layers_of(model: keras.Model) -> list[keras.Layer]:
+    """The model and every layer inside it."""
+    return list(model._flatten_layers())
+
+
+def seed_generators_of(model: keras.Model) -> list[Any]:
+    """The seed generators of a model's layers, in a fixed order."""
+    found: list[Any] = []
+    for layer in layers_of(model):
+        found.extend(getattr(layer, "_seed_generators", ()))
+    return found
+
+
+def global_seed_generator() -> Any:
+    """The generator that layers and ops without one of their own draw from."""
+    return seed_module.global_seed_generator()
+
+
+@contextlib.contextmanager
+def recorded_assignments() -> Iterator[list[Any]]:
+    """Collect every Keras variable that is assigned inside, eagerly or while tracing, each once, in order."""
+    assigned: list[Any] = []
+    plain = Variable.assign
+
+    def assign(self: Any, value: Any) -> Any:
+        if not any(variable is self for variable in assigned):
+            assigned.append(self)
+        return plain(self, value)
+
+    with patch.object(Variable, "assign", assign):
+        yield assigned

@@ -1,0 +1,107 @@
+"""Owns exact metrics over ranks: state is summed, results are computed from the sum.
+
+Each rank updates Keras's metric objects with its own rows only. A metric's variables say how they add up
+(`aggregation`, "sum" for all of Keras's own); `global_logs` adds them up and asks Keras for the results. A mean of
+means never occurs.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dtrain.collective import Collective
+from dtrain.keras_internals import Mean
+from dtrain.types import Array
+
+RECORDED_ELEMENTS = 4096
+"""Metric state of up to this many numbers is kept for every step; of more (large confusion matrices), for the last."""
+
+
+@contextlib.contextmanager
+def shared_means(share: tf.Tensor) -> Iterator[None]:
+    """Inside, a Mean that is fed a scalar without a weight counts it by this rank's share instead of once.
+
+    Keras counts such a scalar (the loss of one output, a metric function that returns a batch's mean) once a
+    mini-batch, whatever its rows; the shares of all ranks add up to that once.
+    """
+    plain = Mean.update_state
+
+    def update_state(self: Any, values: Any, sample_weight: Any = None) -> None:
+        if sample_weight is None and tf.convert_to_tensor(values).shape.rank == 0:
+            sample_weight = tf.cast(share, self.dtype)
+        plain(self, values, sample_weight)
+
+    with patch.object(Mean, "update_state", update_state):
+        yield
+
+
+class MetricState:
+    """The metric variables of a model, as values that can be kept, added up over ranks and turned into logs."""
+
+    def __init__(self, model: keras.Model) -> None:
+        self._model = model
+        self.variables: list[Any] = []
+        for metric in model.metrics:
+            for variable in metric.variables:
+                if all(variable is not known for known in self.variables):
+                    self.variables.append(variable)
+        self.records_steps = sum(int(np.prod(v.shape)) for v in self.variables) <= RECORDED_ELEMENTS
+        self._results = tf.function(self._results_of, autograph=False, reduce_retracing=True)
+
+    def read(self) -> list[tf.Tensor]:
+        """The variables' values now; works while tracing."""
+        return [tf.convert_to_tensor(variable.value) for variable in self.variables]
+
+    def assign(self, values: Sequence[Any]) -> None:
+        for variable, value in zip(self.variables, values, strict=True):
+            variable.assign(value)
+
+    def global_logs(self, states: Sequence[Array], collective: Collective, name: str) -> dict[str, Array]:
+        """Turn states into logs of the whole job. Collective.
+
+        Args:
+            states: for each variable, its values on this rank after K steps, of shape (K, *variable.shape).
+            collective: the ranks to add up over.
+            name: of the collective operation.
+
+        Returns:
+            For each metric its K values, the same on all ranks. The variables keep their local values.
+        """
+        if not self.variables:
+            return {}
+        local = self.read()
+        summed = collective.all_reduce([self._addend(i, s, collective) for i, s in enumerate(states)], name)
+        results = self._results(summed)
+        self.assign(local)
+        return {key: value.numpy() for key, value in results.items()}
+
+    def _addend(self, index: int, state: Array, collective: Collective) -> tf.Tensor:
+        aggregation = self.variables[index].aggregation
+        if aggregation == "mean":
+            return tf.constant(state / np.asarray(collective.world_size, state.dtype))
+        if aggregation == "only_first_replica" and collective.rank > 0:
+            return tf.zeros_like(state)
+        return tf.constant(state)
+
+    def _results_of(self, states: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
+        def result_of(state: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
+            self.assign(state)
+            return {key: tf.cast(value, tf.float64) for key, value in self._model.get_metrics_result().items()}
+
+        keys = list(self._model.get_metrics_result())
+        num_steps = tf.shape(states[0])[0]
+        arrays = [tf.TensorArray(tf.float64, size=num_steps) for _ in keys]
+
+        def body(step: tf.Tensor, arrays: list[tf.TensorArray]) -> tuple[tf.Tensor, list[tf.TensorArray]]:
+            result = result_of([state[step] for state in states])
+            return step + 1, [array.write(step, result[key]) for array, key in zip(arrays, keys, strict=True)]
+
+        _, arrays = tf.while_loop(
+            lambda step, _: step < num_steps, body, (tf.constant(0), arrays), parallel_iterations=1
+        )
+        return {key: array.stack() for key, array in zip(keys, arrays, strict=True)}

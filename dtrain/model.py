@@ -1,0 +1,175 @@
+"""Owns a Keras model as a whole: made by the user's factory, checked, described, its state read and written.
+
+The factory is the architecture: a model is never rebuilt from a file, only its values are.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from dtrain.errors import CheckpointError, ConfigError
+from dtrain.keras_internals import build_from_batch, global_seed_generator, seed_generators_of
+from dtrain.types import Array, Tree
+
+ModelFn = Callable[..., keras.Model]
+
+State = dict[str, Array]
+"""A model's and its optimizer's variables by name, in a fixed order."""
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What is recorded of a model: plain values, made on a worker, read in the driver."""
+
+    name: str
+    summary: str
+    num_parameters: int
+    num_trainable: int
+    optimizer: str
+    loss: str
+    metrics: tuple[str, ...]
+    learning_rate: float | None
+    signature: str
+    """A digest of the variables' names, shapes and dtypes and of the compile configuration."""
+    exceptions: tuple[str, ...]
+    """Sentences on layers for which several workers do not compute what one would."""
+
+
+def make_model(model_fn: ModelFn, config: Mapping[str, Any] | None) -> keras.Model:
+    """Call the factory and check what it returned.
+
+    Raises:
+        ConfigError: it returned None, something that is no keras.Model, or a model that is not compiled.
+    """
+    model = model_fn(config) if config is not None else model_fn()
+    name = getattr(model_fn, "__qualname__", repr(model_fn))
+    if model is None:
+        raise ConfigError(f"model_fn={name} returned None; did you forget to return the model?")
+    if not isinstance(model, keras.Model):
+        raise ConfigError(f"model_fn={name} returned {type(model).__name__}; it must return a keras.Model")
+    if not model.compiled:
+        raise ConfigError(f"model_fn={name} returned a model that is not compiled; call model.compile(...) inside it")
+    return model
+
+
+def build(model: keras.Model, batch: Tree) -> None:
+    """Create every variable of model, metrics and optimizer, from a batch (x, y, sample_weight) of any size."""
+    build_from_batch(model, batch)
+
+
+def describe(model: keras.Model) -> ModelDescription:
+    """Describe a built model."""
+    text = io.StringIO()
+    with redirect_stdout(text):
+        model.summary(print_fn=lambda line, **_: print(line), line_length=100)
+    optimizer = model.optimizer
+    return ModelDescription(
+        name=model.name,
+        summary=text.getvalue(),
+        num_parameters=model.count_params(),
+        num_trainable=sum(int(np.prod(v.shape)) for v in model.trainable_variables),
+        optimizer=type(optimizer).__name__ if optimizer is not None else "None",
+        loss=_loss_name(model),
+        metrics=tuple(metric.name for metric in model.metrics),
+        learning_rate=learning_rate(model),
+        signature=_signature(model),
+        exceptions=_exceptions(model),
+    )
+
+
+def learning_rate(model: keras.Model) -> float | None:
+    """The compiled optimizer's learning rate now; None where there is not one of them."""
+    try:
+        return float(np.asarray(model.optimizer.learning_rate))
+    except (AttributeError, TypeError, ValueError, NotImplementedError):
+        return None
+
+
+def named_variables(model: keras.Model) -> dict[str, Any]:
+    """Every variable that training changes, metrics left out, by a name that is unique and the same everywhere."""
+    groups: dict[str, Sequence[Any]] = {"model": model.variables}
+    if model.optimizer is not None:
+        groups["optimizer"] = model.optimizer.variables
+    groups["random"] = [global_seed_generator().state]
+    return {
+        f"{group}/{index:04d}/{variable.path}": variable
+        for group, variables in groups.items()
+        for index, variable in enumerate(variables)
+    }
+
+
+def read_state(model: keras.Model) -> State:
+    return {name: np.array(variable) for name, variable in named_variables(model).items()}
+
+
+def write_state(model: keras.Model, state: Mapping[str, Array]) -> None:
+    """Assign a state that `read_state` gave for the same architecture.
+
+    Names are compared by place, shape and dtype: Keras numbers layers of one process, so paths may differ.
+
+    Raises:
+        CheckpointError: the state is of another model; nothing was assigned.
+    """
+    variables = named_variables(model)
+    if len(variables) != len(state):
+        raise CheckpointError(
+            f"the state has {len(state)} variables, this model {len(variables)}; it is of another model or optimizer"
+        )
+    for (name, variable), (other, value) in zip(variables.items(), state.items(), strict=True):
+        if name[:15] != other[:15] or tuple(variable.shape) != value.shape or str(variable.dtype) != str(value.dtype):
+            raise CheckpointError(
+                f"the state is of another model: it has {other} {value.shape} {value.dtype}"
+                f" where this model has {name} {tuple(variable.shape)} {variable.dtype}"
+            )
+    for variable, value in zip(variables.values(), state.values(), strict=True):
+        variable.assign(value)
+
+
+def spread_seeds(model: keras.Model, rank: int) -> None:
+    """Give each rank random numbers of its own: the first word of every seed moves by a rank's offset.
+
+    Rank 0 keeps plain Keras's. The counters stay equal, so that base and counter are all there is to save.
+    """
+    for variable in _seed_states(model):
+        base, counter = np.array(variable)
+        offset = (rank * 0x9E3779B9) % 2**32  # the golden ratio's bits: far apart for neighbouring ranks
+        variable.assign(np.array([(int(base) + offset) % 2**32, counter], np.uint32))
+
+
+def _seed_states(model: keras.Model) -> list[Any]:
+    return [generator.state for generator in [*seed_generators_of(model), global_seed_generator()]]
+
+
+def _loss_name(model: keras.Model) -> str:
+    loss = model.loss
+
+    def name_of(item: Any) -> str:
+        return item if isinstance(item, str) else getattr(item, "name", None) or getattr(item, "__name__", str(item))
+
+    return json.dumps(keras.tree.map_structure(name_of, loss)) if keras.tree.is_nested(loss) else name_of(loss)
+
+
+def _signature(model: keras.Model) -> str:
+    variables = [f"{v.shape} {v.dtype} {v.trainable}" for v in named_variables(model).values()]
+    compiled = {"optimizer": type(model.optimizer).__name__, "loss": _loss_name(model), "lr": learning_rate(model)}
+    text = json.dumps([variables, compiled], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _exceptions(model: keras.Model) -> tuple[str, ...]:
+    layers = [layer for layer in model._flatten_layers() if layer is not model]
+    found: list[str] = []
+    local = [x.name for x in layers if isinstance(x, keras.layers.BatchNormalization) and x.trainable]
+    if local:
+        found.append(f"BatchNormalization uses each worker's own rows for its statistics ({', '.join(local[:3])})")
+    random = [x.name for x in layers if getattr(x, "_seed_generators", None)]
+    if random:
+        found.append(f"random layers draw different numbers on each worker ({', '.join(random[:3])})")
+    return tuple(found)

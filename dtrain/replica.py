@@ -1,0 +1,356 @@
+"""Owns one rank: a model, its data and its place in the group; the only train, evaluate and predict loops.
+
+It runs in a Ray actor or in a plain process alike, knows nothing of Ray or MLflow, and talks to other ranks through
+its Collective alone. All ranks make the same calls in the same order.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dtrain.callbacks import RankCallbacks
+from dtrain.collective import Collective
+from dtrain.data.loader import Chunk, Loader
+from dtrain.data.sampler import Sampler, even_split, shard
+from dtrain.data.source import ArraySource, DataSource, Rows, keras_batch, map_tree
+from dtrain.errors import ConfigError
+from dtrain.metrics import MetricState
+from dtrain.model import State, build, describe, learning_rate, read_state, spread_seeds, write_state
+from dtrain.step import Kind, Steps, concatenate
+from dtrain.types import (
+    Array,
+    BatchPlan,
+    EpochEnd,
+    FitPlan,
+    Logs,
+    Position,
+    Progress,
+    Segment,
+    SegmentResult,
+    Tree,
+)
+
+CALL_SECONDS = 0.15
+"""A call into TensorFlow runs about so many seconds of steps where nothing needs to see each of them."""
+CALL_BYTES = 64 << 20
+"""A call's data takes at most about so many bytes."""
+
+
+@dataclass
+class _Fit:
+    """A fit in progress on this rank."""
+
+    plan: FitPlan
+    loader: Loader
+    validation: DataSource | None
+    callbacks: RankCallbacks
+    batch_bytes: int
+    logs: Logs = field(default_factory=dict)
+    stopped: bool = False
+
+
+class Replica:
+    """A model on one rank.
+
+    Args:
+        model: compiled; built by the first verb that brings data.
+        collective: this rank's group.
+    """
+
+    def __init__(self, model: keras.Model, collective: Collective) -> None:
+        self.model = model
+        self.collective = collective
+        self.progress = Progress("idle")
+        self._steps: dict[Kind, Steps] = {}
+        self._predict_function: Any = None
+        self._fit: _Fit | None = None
+        self._seconds_per_step: float | None = None
+
+    # --- state
+
+    def build(self, batch: Tree) -> None:
+        """Create all variables from a batch, check that the ranks made the same model, take over rank 0's state.
+
+        Raises:
+            ConfigError: the factory made different models on different ranks.
+        """
+        if not self._steps:
+            build(self.model, keras_batch(batch))
+            self._check_same_model()
+            self._metrics = MetricState(self.model)
+            self._steps = {kind: Steps(self.model, self.collective, self._metrics, kind) for kind in ("train", "test")}
+            self._take_over()
+
+    def read_state(self) -> State:
+        """Rank 0's state is the job's."""
+        return read_state(self.model)
+
+    def write_state(self, state: State) -> None:
+        """Assign a state on every rank; collective."""
+        write_state(self.model, state)
+        self._take_over()
+
+    # --- fit
+
+    def begin_fit(
+        self,
+        plan: FitPlan,
+        train: DataSource,
+        validation: DataSource | None = None,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+    ) -> None:
+        """Get ready to run the segments of a fit."""
+        collective = self.collective
+        first = train.read(np.zeros(1, np.int64))
+        self.build(first)
+        loader = Loader(
+            train, plan.train, collective.rank, collective.world_size, _to_tensors, first_epoch=plan.initial_epoch
+        )
+        ranked = RankCallbacks(
+            callbacks,
+            self.model,
+            collective,
+            add_history=True,
+            epochs=plan.epochs,
+            steps=loader.sampler.steps_per_epoch,
+            verbose=0,
+        )
+        rows = -(-plan.train.batch_size // collective.world_size)
+        row_bytes = sum(leaf.nbytes for leaf in tf.nest.flatten(first) if leaf is not None)
+        self._fit = _Fit(plan, loader, validation, ranked, batch_bytes=rows * row_bytes)
+        self.model.stop_training = False
+        ranked("on_train_begin")
+
+    def run(self, segment: Segment) -> SegmentResult:
+        """Train the segment's steps; where it ends an epoch, validate and call the epoch's hooks too."""
+        fit = self._running_fit()
+        epoch, step = segment.position.epoch, segment.position.step
+        if fit.stopped:
+            return SegmentResult(segment.position, 0, 0, 0.0, {}, stop=True)
+        if step == 0:
+            self.model.reset_metrics()
+            fit.callbacks("on_epoch_begin", epoch)
+        started = time.perf_counter()
+        step_logs, num_steps, rows = self._train(fit, segment)
+        seconds = time.perf_counter() - started
+        self._seconds_per_step = seconds / num_steps
+        fit.logs = {key: float(values[-1]) for key, values in step_logs.items()}
+        ends_epoch = self.model.stop_training or step + num_steps == fit.loader.sampler.steps_in_epoch(epoch)
+        position = Position(epoch + 1, 0) if ends_epoch else Position(epoch, step + num_steps)
+        logs = dict(fit.logs)
+        epoch_end = self._end_epoch(fit, epoch) if ends_epoch else None
+        fit.stopped = bool(self.model.stop_training)
+        return SegmentResult(
+            position=position,
+            num_steps=num_steps,
+            rows=rows,
+            seconds=seconds,
+            logs=logs,
+            step_logs=step_logs if fit.plan.record_steps else {},
+            learning_rate=learning_rate(self.model),
+            epoch_end=epoch_end,
+            stop=fit.stopped,
+        )
+
+    def end_fit(self) -> dict[str, list[float]]:
+        """Finish: averages become the weights, `on_train_end`. Returns Keras's history."""
+        fit = self._running_fit()
+        optimizer = self.model.optimizer
+        if isinstance(optimizer, keras.optimizers.Optimizer) and fit.plan.epochs > 0:
+            optimizer.finalize_variable_values(self.model.trainable_weights)
+        fit.callbacks("on_train_end", logs=fit.logs)
+        self._fit = None
+        self.progress = Progress("idle")
+        return fit.callbacks.history()
+
+    @property
+    def fit_callbacks(self) -> list[keras.callbacks.Callback]:
+        """The callbacks of the fit in progress that run on this rank."""
+        return self._running_fit().callbacks.own
+
+    def _train(self, fit: _Fit, segment: Segment) -> tuple[dict[str, Array], int, int]:
+        """Run the steps. Returns each metric's value after each step, the number of steps and of rows."""
+        epoch, step = segment.position.epoch, segment.position.step
+        hooked = fit.callbacks.has_train_batch_hooks
+        steps_per_call = self.model.steps_per_execution if hooked else self._steps_per_call(fit)
+        states, own, rows = [], [], 0
+        chunks = fit.loader.chunks(epoch, step, segment.num_steps, steps_per_call)
+        for chunk in chunks:
+            if hooked:
+                fit.callbacks("on_train_batch_begin", chunk.first_step)
+            state, returned = self._call("train", chunk)
+            step = chunk.first_step + chunk.num_steps
+            rows += chunk.global_rows * chunk.num_steps
+            if hooked:
+                logs = self._last(self._global_logs("train", [state], [returned], "batch"))
+                fit.callbacks("on_train_batch_end", step - 1, logs=logs)
+            states.append(state)
+            own.append(returned)
+            self.progress = Progress("train", epoch, step, fit.loader.sampler.steps_in_epoch(epoch), fit.logs)
+            if self.model.stop_training:
+                chunks.close()  # type: ignore[attr-defined]
+                break
+        step_logs = self._global_logs("train", states, own, "segment")
+        return step_logs, step - segment.position.step, rows
+
+    def _steps_per_call(self, fit: _Fit) -> int:
+        if self._seconds_per_step is None:
+            return 1
+        by_time = int(CALL_SECONDS / max(self._seconds_per_step, 1e-6))
+        by_memory = CALL_BYTES // max(1, fit.batch_bytes)
+        return max(1, min(by_time, by_memory, 1024))
+
+    def _end_epoch(self, fit: _Fit, epoch: int) -> EpochEnd:
+        logs = dict(fit.logs)
+        if fit.validation is not None and _is_due(fit.plan.validation_freq, epoch):
+            assert fit.plan.validation is not None
+            found = self._evaluate(fit.plan.validation, fit.validation, fit.callbacks)
+            logs.update({f"val_{key}": value for key, value in found.items()})
+        known = {key: len(values) for key, values in fit.callbacks.history().items()}
+        fit.callbacks("on_epoch_end", epoch, logs=logs)
+        history = fit.callbacks.history()  # it has what callbacks added to the logs, too
+        fit.logs = {key: values[-1] for key, values in history.items() if len(values) > known.get(key, 0)}
+        return EpochEnd(epoch, dict(fit.logs), learning_rate(self.model))
+
+    def _running_fit(self) -> _Fit:
+        if self._fit is None:
+            raise ConfigError("no fit is in progress; begin_fit comes first")
+        return self._fit
+
+    # --- evaluate, predict, and single batches
+
+    def evaluate(
+        self, plan: BatchPlan, source: DataSource, callbacks: Sequence[keras.callbacks.Callback] = ()
+    ) -> Logs:
+        """The metrics of the whole data set, the same on all ranks. Collective."""
+        self.build(source.read(np.zeros(1, np.int64)))
+        sampler = Sampler(plan)
+        ranked = RankCallbacks(
+            callbacks, self.model, self.collective, epochs=1, steps=sampler.steps_per_epoch, verbose=0
+        )
+        return self._evaluate(plan, source, ranked)
+
+    def predict(
+        self, plan: BatchPlan, source: DataSource, callbacks: Sequence[keras.callbacks.Callback] = ()
+    ) -> Tree | None:
+        """Predictions for this rank's contiguous part of the rows; None where it has none. No communication."""
+        rank, world_size = self.collective.rank, self.collective.world_size
+        steps = plan.steps_per_epoch
+        num_rows = plan.num_rows if steps is None else min(plan.num_rows, steps * plan.batch_size)
+        rows = even_split(num_rows, world_size, rank)
+        if rows.stop == rows.start:
+            return None
+        part = Rows(source, rows.start, rows.stop)
+        own_plan = BatchPlan(num_rows=len(part), batch_size=max(1, plan.batch_size // world_size))
+        loader = Loader(part, own_plan, 0, 1, _to_tensors)
+        hooks = [callback for callback in callbacks if rank == 0]
+        own_list = keras.callbacks.CallbackList(hooks, model=self.model, epochs=1, verbose=0)
+        own_list.on_predict_begin()
+        outputs = []
+        num_steps = loader.sampler.steps_per_epoch
+        for chunk in loader.chunks(0, 0, num_steps, 1):
+            own_list.on_predict_batch_begin(chunk.first_step)
+            output = self._predict_batch(tf.nest.map_structure(lambda leaf: leaf[0], chunk.data))
+            outputs.append(tf.nest.map_structure(lambda leaf: leaf.numpy(), output))
+            own_list.on_predict_batch_end(chunk.first_step, {"outputs": outputs[-1]})
+            self.progress = Progress("predict", 0, chunk.first_step + 1, num_steps)
+        own_list.on_predict_end()
+        self.progress = Progress("idle")
+        return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *outputs)
+
+    def on_batch(self, kind: Kind, batch: ArraySource) -> Logs:
+        """One step on the rows of `batch`, which is the whole mini-batch on every rank; its metrics alone. Collective."""
+        self.build(batch.read(np.zeros(1, np.int64)))
+        self.model.reset_metrics()
+        part = shard(len(batch), self.collective.world_size, self.collective.rank)
+        rows = batch.read(np.arange(len(batch), dtype=np.int64)[part.rows])
+        data = _to_tensors(map_tree(lambda leaf: leaf[None], rows))
+        state, own = self._call(kind, Chunk(0, 1, data, part.share, part.whole, len(batch)))
+        return self._last(self._global_logs(kind, [state], [own], "batch"))
+
+    def _evaluate(self, plan: BatchPlan, source: DataSource, callbacks: RankCallbacks) -> Logs:
+        loader = Loader(source, plan, self.collective.rank, self.collective.world_size, _to_tensors)
+        num_steps = loader.sampler.steps_per_epoch
+        hooked = callbacks.has_test_batch_hooks
+        self.model.reset_metrics()
+        self.model.stop_evaluating = False
+        callbacks("on_test_begin")
+        state, own, longest = None, None, 1
+        started = time.perf_counter()
+        for chunk in loader.chunks(0, 0, loader.sampler.steps_in_epoch(0), 1 if hooked else 8):
+            if hooked:
+                callbacks("on_test_batch_begin", chunk.first_step)
+            state, own = self._call("test", chunk)
+            if hooked:
+                logs = self._last(self._global_logs("test", [state], [own], "test_batch"))
+                callbacks("on_test_batch_end", chunk.first_step, logs=logs)
+            self.progress = Progress("evaluate", 0, chunk.first_step + chunk.num_steps, num_steps)
+            if self.model.stop_evaluating:
+                break
+        assert state is not None and own is not None
+        last_state = [values[-1:] for values in state]
+        last_own = {key: values[-1:] for key, values in own.items()}
+        logs = self._last(self._global_logs("test", [last_state], [last_own], "test"))
+        callbacks("on_test_end", logs=logs)
+        return logs
+
+    def _predict_batch(self, data: Tree) -> Any:
+        batch = keras_batch(data)
+        if self.model.run_eagerly:
+            return self.model.predict_step(batch)
+        if self._predict_function is None:
+            self._predict_function = tf.function(self.model.predict_step, autograph=False, reduce_retracing=True)
+        return self._predict_function(batch)
+
+    # --- over ranks
+
+    def _call(self, kind: Kind, chunk: Chunk) -> tuple[list[Array], dict[str, Array]]:
+        return self._steps[kind](chunk.data, chunk.share, chunk.whole)
+
+    def _global_logs(
+        self, kind: Kind, states: Sequence[Sequence[Array]], own: Sequence[dict[str, Array]], name: str
+    ) -> dict[str, Array]:
+        """Each metric's value over all ranks after each step of some consecutive calls. Collective."""
+        names = self._steps[kind].own_logs
+        if names:
+            local = [tf.constant(np.concatenate([returned[key] for returned in own])) for key in names]
+            summed = self.collective.all_reduce(local, f"{kind}.{name}.logs")
+            return {key: value.numpy() for key, value in zip(names, summed, strict=True)}
+        kept = states if self._metrics.records_steps else states[-1:]
+        return self._metrics.global_logs(concatenate(kept), self.collective, f"{kind}.{name}.metrics")
+
+    def _last(self, logs: dict[str, Array]) -> Logs:
+        return {key: float(values[-1]) for key, values in logs.items()}
+
+    def _check_same_model(self) -> None:
+        signatures = self.collective.all_gather_json(describe(self.model).signature, "signature")
+        for rank, signature in enumerate(signatures):
+            if signature != signatures[0]:
+                raise ConfigError(
+                    f"model_fn made another model on rank {rank} than on rank 0 (variables, optimizer, loss or learning"
+                    " rate differ); it must not depend on the rank, the host or unseeded random numbers"
+                )
+
+    def _take_over(self) -> None:
+        """Make rank 0's state everybody's; random numbers then differ by rank."""
+        if self.collective.world_size > 1:
+            own = read_state(self.model)
+            received = self.collective.broadcast(list(own.values()), "state")
+            write_state(self.model, dict(zip(own, received, strict=True)))
+        spread_seeds(self.model, self.collective.rank)
+
+
+def _to_tensors(data: Tree) -> Tree:
+    return map_tree(tf.convert_to_tensor, data)
+
+
+def _is_due(frequency: int | Sequence[int], epoch: int) -> bool:
+    """Whether Keras validates after `epoch`: every n-th, or those in a list (both count epochs from 1)."""
+    if isinstance(frequency, int):
+        return (epoch + 1) % frequency == 0
+    return epoch + 1 in frequency

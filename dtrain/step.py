@@ -1,0 +1,175 @@
+"""Owns what is traced: K training or evaluation steps of one rank in a single call.
+
+Keras's own `train_step` and `test_step` do the work; while they are traced, gradients (optimizer.py), losses
+(losses.py) and scalar means (metrics.py) are made those of the whole mini-batch. With one rank nothing is patched:
+the step is plain Keras.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dtrain.collective import Collective
+from dtrain.data.source import keras_batch
+from dtrain.errors import ConfigError
+from dtrain.keras_internals import recorded_assignments, seed_generators_of
+from dtrain.losses import exact_losses
+from dtrain.metrics import MetricState, shared_means
+from dtrain.optimizer import Reduction, optimizers_of, reduce, reduced_gradients
+from dtrain.types import Array, Tree
+
+Kind = Literal["train", "test"]
+
+
+class Steps:
+    """K steps in one call, traced once for any K and any number of rows.
+
+    Args:
+        model: built and compiled.
+        collective: the ranks that make the same calls.
+        metrics: the model's metric state.
+        kind: "train" calls the model's `train_step`, "test" its `test_step`.
+    """
+
+    def __init__(self, model: keras.Model, collective: Collective, metrics: MetricState, kind: Kind) -> None:
+        self._model = model
+        self._collective = collective
+        self._metrics = metrics
+        self._kind = kind
+        self._functions: dict[bool, Any] = {}
+        self._structure: Any = None
+        self.own_logs: tuple[str, ...] = ()
+        """Names of what a custom step returns besides its metrics' results; empty for Keras's own steps."""
+
+    def __call__(self, data: Tree, share: float, whole: bool) -> tuple[list[Array], dict[str, Array]]:
+        """Run the steps of a chunk. Collective.
+
+        Args:
+            data: leaves of shape (K, rows, ...), K at least 1.
+            share: this rank's part of each mini-batch.
+            whole: every rank has the whole mini-batch; only rank 0 counts it in its metrics.
+
+        Returns:
+            The metric variables after each step, each of shape (K, ...), or (1, ...) where they are too large to be
+            kept for every step; and what a custom step returned, times this rank's share, each of shape (K,).
+        """
+        flat = tf.nest.flatten(data)
+        if self._structure is None:
+            self._structure = tf.nest.map_structure(lambda _: 0, data)
+        function = self._functions.get(whole)
+        if function is None:
+            function = self._functions[whole] = self._make(flat, whole)
+        states, logs = function(flat, tf.constant(share, tf.float64))
+        return [state.numpy() for state in states], {key: value.numpy() for key, value in logs.items()}
+
+    @property
+    def num_traces(self) -> int:
+        """How often a function was traced so far."""
+        return sum(getattr(f, "experimental_get_tracing_count", lambda: 0)() for f in self._functions.values())
+
+    def _make(self, flat: Sequence[tf.Tensor], whole: bool) -> Any:
+        def run(flat: Sequence[tf.Tensor], share: tf.Tensor) -> Any:
+            return self._run(flat, share, whole)
+
+        if self._model.run_eagerly:
+            return run
+        specs = [tf.TensorSpec([None, None, *tensor.shape[2:]], tensor.dtype) for tensor in flat]
+        signature = [specs, tf.TensorSpec([], tf.float64)]
+        # Horovod's operations have no XLA version, so compile()'s jit_compile cannot reach around them.
+        return tf.function(run, input_signature=signature, autograph=False, jit_compile=False)
+
+    def _run(self, flat: Sequence[tf.Tensor], share: tf.Tensor, whole: bool) -> Any:
+        num_steps = tf.shape(flat[0])[0]
+        keep_all = self._metrics.records_steps
+        slots = num_steps if keep_all else 1
+        kept = [tf.TensorArray(v.dtype, slots, element_shape=v.shape) for v in self._metrics.read()]
+        logs = {key: tf.TensorArray(tf.float64, num_steps, element_shape=[]) for key in self._find_own_logs(flat)}
+
+        def body(step: tf.Tensor, kept: list[Any], logs: dict[str, Any]) -> Any:
+            data = tf.nest.pack_sequence_as(self._structure, [tensor[step] for tensor in flat])
+            returned = self._one_step(keras_batch(data), share, whole)
+            slot = step if keep_all else 0
+            kept = [array.write(slot, value) for array, value in zip(kept, self._metrics.read(), strict=True)]
+            logs = {
+                key: array.write(step, tf.cast(returned[key], tf.float64) * self._counted(share, whole))
+                for key, array in logs.items()
+            }
+            return step + 1, kept, logs
+
+        _, kept, logs = tf.while_loop(
+            lambda step, *_: step < num_steps, body, (tf.constant(0), kept, logs), parallel_iterations=1
+        )
+        return [array.stack() for array in kept], {key: array.stack() for key, array in logs.items()}
+
+    def _one_step(self, data: Tree, share: tf.Tensor, whole: bool) -> dict[str, Any]:
+        step = self._model.train_step if self._kind == "train" else self._model.test_step
+        if self._collective.world_size == 1:
+            return dict(step(data))
+        before = self._metrics.read()
+        with self._over_ranks(share, whole):
+            logs = dict(step(data))
+        if whole and self._collective.rank > 0:
+            self._metrics.assign(before)
+        return logs
+
+    @contextlib.contextmanager
+    def _over_ranks(self, share: tf.Tensor, whole: bool) -> Iterator[None]:
+        """Inside, a step's gradients, losses and metrics are this rank's part of the whole mini-batch's."""
+        with contextlib.ExitStack() as stack:
+            assigned = stack.enter_context(recorded_assignments())
+            reduction = Reduction(self._collective, share, whole, self._statistics(), assigned)
+            stack.enter_context(reduced_gradients(optimizers_of(self._model), reduction))
+            stack.enter_context(shared_means(self._counted(share, whole)))
+            if not whole:
+                stack.enter_context(exact_losses(reduction))
+            yield
+            if self._kind == "train":
+                if not reduction.reduced and self._model.trainable_variables:
+                    raise ConfigError(
+                        f"{type(self._model).__name__}.train_step updated no weights through an optimizer that is an"
+                        " attribute of the model, so nothing was reduced over the workers; call self.optimizer.apply,"
+                        " or freeze all layers"
+                    )
+                reduce([], "statistics", reduction)  # what was assigned after the optimizer, or without one
+
+    def _statistics(self) -> list[Any]:
+        seeds = [generator.state for generator in seed_generators_of(self._model)]
+        counted = [*seeds, *self._metrics.variables]
+        return [
+            variable
+            for variable in self._model.non_trainable_variables
+            if tf.as_dtype(variable.dtype).is_floating and all(variable is not other for other in counted)
+        ]
+
+    def _counted(self, share: tf.Tensor, whole: bool) -> tf.Tensor:
+        """What this rank's scalars count in a sum over ranks."""
+        if not whole:
+            return share
+        return tf.constant(1.0 if self._collective.rank == 0 else 0.0, tf.float64)
+
+    def _find_own_logs(self, flat: Sequence[tf.Tensor]) -> tuple[str, ...]:
+        """The names that a custom step returns, found by tracing it once into a graph that is thrown away."""
+        method = "train_step" if self._kind == "train" else "test_step"
+        if getattr(type(self._model), method) is getattr(keras.Model, method):
+            return ()
+        names: list[str] = []
+
+        def probe(*tensors: tf.Tensor) -> None:
+            data = keras_batch(tf.nest.pack_sequence_as(self._structure, [tensor[0] for tensor in tensors]))
+            with self._over_ranks(tf.constant(1.0, tf.float64), False):
+                names.extend(getattr(self._model, method)(data))
+
+        specs = [tf.TensorSpec([None, None, *tensor.shape[2:]], tensor.dtype) for tensor in flat]
+        tf.function(probe, autograph=False).get_concrete_function(*specs)
+        is_metrics = set(names) == set(self._model.get_metrics_result())
+        self.own_logs = () if is_metrics else tuple(names)
+        return self.own_logs
+
+
+def concatenate(parts: Sequence[Sequence[Array]]) -> list[Array]:
+    """Join the states of consecutive calls along the steps."""
+    return [np.concatenate(group) for group in zip(*parts, strict=True)]

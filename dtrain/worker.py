@@ -1,0 +1,227 @@
+"""Owns the Ray actor: a thin shell around a Replica that sets up its process and turns exceptions into values.
+
+It never logs to MLflow and never commits anything. Ray is not imported here: worker_group.py makes an actor of it.
+"""
+
+import contextlib
+import functools
+import io
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from dtrain.errors import DtrainError
+from dtrain.types import (
+    BatchPlan,
+    Failure,
+    FitPlan,
+    Logs,
+    Membership,
+    Progress,
+    Segment,
+    SegmentResult,
+    Tree,
+    WorkerInfo,
+    WorkerSettings,
+)
+
+
+def _reported(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what a method raises as a Failure: the driver then sees the user's traceback, not Ray's."""
+
+    @functools.wraps(method)
+    def wrapper(self: "Worker", *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            return _failure(error)
+
+    return wrapper
+
+
+class Worker:
+    """One rank's process.
+
+    Args:
+        run_name: the run it belongs to.
+        rank: which rank it starts as.
+    """
+
+    def __init__(self, run_name: str, rank: int) -> None:
+        self._run_name = run_name
+        self._rank = rank
+        self._printed = _Tee(sys.stdout)
+        self._replica: Any = None
+        self._collective: Any = None
+        sys.stdout = self._printed
+
+    def __repr__(self) -> str:
+        return f"dtrain:{self._run_name}:rank{self._rank}"
+
+    def where(self) -> WorkerInfo:
+        """Where this rank runs."""
+        import ray
+
+        context = ray.get_runtime_context()
+        gpus = tuple(int(i) for i in context.get_accelerator_ids().get("GPU", ()))
+        return WorkerInfo(self._rank, os.getpid(), socket.gethostname(), context.get_node_id(), gpus)
+
+    @_reported
+    def setup(self, settings: WorkerSettings) -> None:
+        """Prepare the process: environment, threads, seeds and Keras's settings, before any of the user's code."""
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1")
+        os.environ["KERAS_BACKEND"] = "tensorflow"
+        if not settings.use_gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+        from dtrain.setup import set_up_tensorflow
+
+        set_up_tensorflow(settings)
+
+    @_reported
+    def join(self, membership: Membership, rendezvous: str, interface: str | None) -> None:
+        """Become a rank of a group; `interface` None: the one that has this node's address."""
+        from dtrain.collective import Collective, HorovodCollective, LocalCollective
+
+        group: Collective = LocalCollective()
+        if membership.world_size > 1:
+            group = HorovodCollective(membership, rendezvous, interface or _interface_of_node())
+        self._collective = group
+
+    @_reported
+    def make_model(self, model_fn: Callable[..., Any], config: Mapping[str, Any] | None) -> None:
+        """Call the user's factory."""
+        from dtrain.model import make_model
+        from dtrain.replica import Replica
+
+        self._replica = Replica(make_model(model_fn, config), self._collective)
+
+    @_reported
+    def build(self, source: Any) -> Any:
+        """Create the model's variables from the first row; describe the model."""
+        import numpy as np
+
+        from dtrain.model import describe
+
+        self._replica.build(source.read(np.zeros(1, np.int64)))
+        return describe(self._replica.model)
+
+    @_reported
+    def begin_fit(self, plan: FitPlan, train: Any, validation: Any, callbacks: Sequence[Any]) -> None:
+        self._replica.begin_fit(plan, train, validation, callbacks)
+
+    @_reported
+    def run(self, segment: Segment) -> SegmentResult:
+        result: SegmentResult = self._replica.run(segment)
+        return result if self._rank == 0 else replace(result, step_logs={})
+
+    @_reported
+    def end_fit(self) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
+        """Keras's history, and on rank 0 the state of the user's callbacks."""
+        from dtrain.callbacks import export_state
+
+        callbacks = self._replica.fit_callbacks
+        history = self._replica.end_fit()
+        return history, [export_state(callback) for callback in callbacks] if self._rank == 0 else []
+
+    @_reported
+    def evaluate(self, plan: BatchPlan, source: Any, callbacks: Sequence[Any]) -> Logs:
+        logs: Logs = self._replica.evaluate(plan, source, callbacks)
+        return logs
+
+    @_reported
+    def predict(self, plan: BatchPlan, source: Any, callbacks: Sequence[Any]) -> Tree:
+        return self._replica.predict(plan, source, callbacks)
+
+    @_reported
+    def on_batch(self, kind: str, batch: Any) -> Logs:
+        logs: Logs = self._replica.on_batch(kind, batch)
+        return logs
+
+    @_reported
+    def read_state(self) -> Any:
+        """The job's state, from rank 0; nothing from the others."""
+        return self._replica.read_state() if self._rank == 0 else None
+
+    @_reported
+    def write_state(self, state: Any) -> None:
+        self._replica.write_state(state)
+
+    def progress(self) -> Progress:
+        """How far this rank is, and what it printed since the last call; answers while a method runs."""
+        progress = self._replica.progress if self._replica is not None else Progress("starting")
+        return replace(progress, printed=self._printed.take())
+
+    def leave(self) -> None:
+        """Leave the group, so that the others do not take the end of this process for a failure."""
+        if self._collective is not None:
+            self._collective.close()
+
+
+class _Tee(io.TextIOBase):
+    """Standard output that goes to the worker's log and is also kept, line by line, for the driver."""
+
+    def __init__(self, log: TextIO) -> None:
+        self._log = log
+        self._lock = threading.Lock()
+        self._text = ""
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            self._text += text
+        return self._log.write(text)
+
+    def flush(self) -> None:
+        self._log.flush()
+
+    def fileno(self) -> int:
+        return self._log.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    def take(self) -> tuple[str, ...]:
+        """The finished lines since the last call."""
+        with self._lock:
+            *lines, self._text = self._text.split("\n")
+        return tuple(lines)
+
+
+def _failure(error: Exception) -> Failure:
+    with contextlib.suppress(Exception):
+        from dtrain.collective import is_lost_peer
+
+        lost_peer = is_lost_peer(error)
+        return Failure(
+            error="".join(traceback.format_exception_only(error)).strip(),
+            traceback=_users_traceback(error),
+            lost_peer=lost_peer,
+            cause=error if isinstance(error, DtrainError) else None,
+        )
+    return Failure(repr(error), traceback.format_exc())
+
+
+def _users_traceback(error: BaseException) -> str:
+    """The traceback without the frames of dtrain that lead to the user's code."""
+    ours = str(Path(__file__).parent)
+    report = traceback.TracebackException.from_exception(error)
+    frames = list(report.stack)
+    first = next((i for i, frame in enumerate(frames) if not frame.filename.startswith(ours)), 0)
+    report.stack = traceback.StackSummary.from_list(frames[first:])
+    return "".join(report.format())
+
+
+def _interface_of_node() -> str:
+    import psutil
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(item.address == address for item in addresses):
+            return name
+    raise DtrainError(f"no network interface of {socket.gethostname()} has the node's address {address}")

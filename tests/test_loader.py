@@ -1,0 +1,135 @@
+"""Claims about reading ahead: the right rows, in order, and no thread left behind."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from dtrain.data.loader import Chunk, Loader
+from dtrain.data.sampler import Sampler
+from dtrain.data.source import ArraySource
+from dtrain.types import BatchPlan, Tree
+
+X = np.arange(101)
+
+
+def rows_of(chunk: Chunk) -> list[list[int]]:
+    rows: list[list[int]] = chunk.data[0].tolist()
+    return rows
+
+
+def loader_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("dtrain-loader")]
+
+
+class Recording:
+    """A source that counts its reads, and raises at a chosen one."""
+
+    def __init__(self, raise_at: int | None = None) -> None:
+        self.reads = 0
+        self.raise_at = raise_at
+        self.read_once = threading.Event()
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def read(self, indices: np.ndarray) -> Tree:
+        self.reads += 1
+        if self.reads == self.raise_at:
+            raise OSError("disk gone")
+        self.read_once.set()
+        return (X[indices],)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("steps_per_chunk", [1, 4, 100])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_ranks_together_read_each_batch_in_order(
+    shuffle: bool, world_size: int, steps_per_chunk: int, prefetch: int
+) -> None:
+    plan = BatchPlan(num_rows=101, batch_size=16, shuffle=shuffle)
+    want = [batch.tolist() for batch in Sampler(plan).batches(1, 2, 5)]
+    chunks = [
+        list(Loader(ArraySource(X), plan, rank, world_size, prefetch=prefetch).chunks(1, 2, 5, steps_per_chunk))
+        for rank in range(world_size)
+    ]
+    got: dict[int, list[int]] = {}
+    for parts in zip(*chunks, strict=True):
+        assert len({(part.first_step, part.num_steps, part.global_rows, part.whole) for part in parts}) == 1
+        assert sum(part.share for part in parts) == pytest.approx(1, abs=1e-12)
+        for k in range(parts[0].num_steps):
+            shards = [rows_of(part)[k] for part in (parts[:1] if parts[0].whole else parts)]
+            got[parts[0].first_step + k] = [row for shard in shards for row in shard]
+    assert list(got.values()) == want and list(got) == [2, 3, 4, 5, 6]
+
+
+def test_the_partial_batch_comes_alone() -> None:
+    chunks = list(Loader(ArraySource(X), BatchPlan(101, 16), 0, 2).chunks(0, 0, 7, 4))
+    assert [(c.first_step, c.num_steps, c.data[0].shape, c.global_rows) for c in chunks] == [
+        (0, 4, (4, 8), 16),
+        (4, 2, (2, 8), 16),
+        (6, 1, (1, 3), 5),
+    ]
+
+
+def test_fewer_rows_than_ranks_go_whole_to_every_rank() -> None:
+    for rank in range(8):
+        *_, last = Loader(ArraySource(X), BatchPlan(101, 16), rank, 8).chunks(0, 0, 7, 10)
+        assert (last.whole, last.share, rows_of(last)) == (True, 1 / 8, [[96, 97, 98, 99, 100]])
+
+
+def test_a_chunk_is_one_read_and_keeps_the_structure() -> None:
+    source = Recording()
+    assert len(list(Loader(source, BatchPlan(101, 10), 1, 2).chunks(0, 0, 10, 5))) == 2
+    assert source.reads == 2
+    nested = ArraySource({"a": np.ones((101, 2, 3)), "b": [X]}, None)
+    chunk = next(Loader(nested, BatchPlan(101, 10), 1, 2).chunks(0, 0, 4, 4))
+    assert chunk.data[0]["a"].shape == (4, 5, 2, 3) and chunk.data[0]["b"][0].shape == (4, 5)
+
+
+def test_convert_runs_in_the_background() -> None:
+    def where(data: Tree) -> Tree:
+        return threading.current_thread().name
+
+    names = [chunk.data for chunk in Loader(ArraySource(X), BatchPlan(101, 16), 0, 1, convert=where).chunks(0, 0, 7, 1)]
+    assert all(name.startswith("dtrain-loader") for name in names)
+
+
+def test_an_error_of_the_source_is_raised_when_its_chunk_is_due() -> None:
+    chunks = Loader(Recording(raise_at=3), BatchPlan(101, 10), 0, 1).chunks(0, 0, 10, 1)
+    assert rows_of(next(chunks)) == [list(range(10))]
+    assert rows_of(next(chunks)) == [list(range(10, 20))]
+    with pytest.raises(OSError, match="disk gone"):
+        next(chunks)
+    assert loader_threads() == []
+
+
+@pytest.mark.parametrize("end", ["exhaust", "close", "raise", "forget", "never start"])
+def test_no_thread_is_left(end: str) -> None:
+    source = Recording()
+    chunks = Loader(source, BatchPlan(101, 10), 0, 1).chunks(0, 0, 10, 1)
+    if end == "exhaust":
+        assert len(list(chunks)) == 10
+    elif end == "close":
+        next(chunks)
+        assert loader_threads()
+        chunks.close()  # type: ignore[attr-defined]
+        assert source.reads < 10
+    elif end == "raise":
+        with pytest.raises(KeyError):
+            for _ in chunks:
+                raise KeyError
+        del chunks
+    elif end == "forget":
+        next(chunks)
+        del chunks
+    assert loader_threads() == []
+
+
+def test_chunks_are_read_ahead_of_need() -> None:
+    source = Recording()
+    chunks = Loader(source, BatchPlan(101, 10), 0, 1, prefetch=3).chunks(0, 0, 10, 1)
+    next(chunks)
+    chunks.close()  # type: ignore[attr-defined]
+    assert 1 <= source.reads <= 4

@@ -1,0 +1,654 @@
+"""What reaches MLflow, and that training never waits for it."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dtrain import tracking
+from dtrain.config import MLflowConfig
+from dtrain.errors import ConfigError, TrackingError
+from dtrain.tracking import DatasetDescription, MLflowTracker, NullTracker, RunDescription, Tracker
+
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+from mlflow import MlflowClient
+
+DEADLINE = 120.0
+DESCRIPTION = RunDescription(run_name="a run", params={"epochs": 2})
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith("MLFLOW_") and name != "MLFLOW_DISABLE_TELEMETRY":
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One database for all tests, since making one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('database')}/mlflow.db"
+
+
+@pytest.fixture
+def config(database: str, request: pytest.FixtureRequest) -> MLflowConfig:
+    return MLflowConfig(tracking_uri=database, experiment_name=request.node.name[:60])
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + DEADLINE
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"no {what} within {DEADLINE} s"
+        time.sleep(0.02)
+    return value
+
+
+def points(client: Any, run_id: str | None, key: str) -> list[tuple[int, float]]:
+    return sorted((point.step, point.value) for point in client.get_metric_history(run_id, key))
+
+
+def lines(journal: Path, event: str) -> list[dict[str, Any]]:
+    return [line for line in map(json.loads, journal.read_text().splitlines()) if line["event"] == event]
+
+
+class GatedClient:
+    """A real client whose log_batch waits until the gate is open, and can be told to fail."""
+
+    def __init__(self, uri: str) -> None:
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+        self.error: Exception | None = None
+        self._client = MlflowClient(uri)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def log_batch(self, *args: Any, **kwargs: Any) -> Any:
+        self.entered.set()
+        assert self.gate.wait(DEADLINE)
+        if self.error is not None:
+            raise self.error
+        return self._client.log_batch(*args, **kwargs)
+
+
+# What is recorded
+
+
+def test_a_run_is_recorded_whole(config: MLflowConfig, tmp_path: Path) -> None:
+    tracker = MLflowTracker(config, tmp_path / "run" / "journal.jsonl")
+    tracker.check()
+    tracker.start(
+        RunDescription(
+            run_name="whole",
+            params={"optimizer": "adam", "config": {"units": 4, "deep": {"rate": 0.1}}, "nothing": None},
+            tags={"team": "blue"},
+            datasets=[
+                DatasetDescription("arrays", "train", {"x": (28, 28), "y": ()}, {"x": "float32", "y": "int64"}, 100)
+            ],
+            summary="Model: small",
+        )
+    )
+    tracker.log(10, {"loss": 0.5, "val_loss": float("nan")})
+    tracker.log(20, {"loss": 0.25, "val_loss": float("inf")})
+    tracker.log_text("notes", "notes.txt")
+    (tmp_path / "extra.bin").write_bytes(b"1")
+    tracker.log_artifact(tmp_path / "extra.bin", "more")
+    tracker.finish("FINISHED")
+
+    client = MlflowClient(config.tracking_uri)
+    run = client.get_run(tracker.run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "whole")
+    assert run.info.end_time >= run.info.start_time
+    assert run.data.params == {
+        "optimizer": "adam", "config.units": "4", "config.deep.rate": "0.1", "nothing": "None"
+    }  # fmt: skip
+    assert run.data.tags["team"] == "blue"
+    assert points(client, tracker.run_id, "loss") == [(10, 0.5), (20, 0.25)]
+    assert [np.isnan(value) or value > 1e308 for _, value in points(client, tracker.run_id, "val_loss")] == [True, True]
+    dataset = run.inputs.dataset_inputs[0]
+    assert (dataset.dataset.name, dataset.tags[0].value) == ("arrays", "train")
+    assert json.loads(dataset.dataset.profile) == {"num_rows": 100}
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} == {
+        "journal.jsonl", "model_summary.txt", "more", "notes.txt"
+    }  # fmt: skip
+    assert not list((tmp_path / "run").glob("*.artifacts"))
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
+def test_the_status_and_the_error_are_the_runs(config: MLflowConfig, tmp_path: Path, status: tracking.Status) -> None:
+    tracker = MLflowTracker(config, tmp_path / "journal.jsonl")
+    tracker.start(DESCRIPTION)
+    tracker.finish(status, error="rank 1 died" if status == "FAILED" else None)
+    run = MlflowClient(config.tracking_uri).get_run(tracker.run_id)
+    assert run.info.status == status
+    assert run.data.tags.get("dtrain.error") == ("rank 1 died" if status == "FAILED" else None)
+
+
+def test_limits_of_mlflow_are_kept(config: MLflowConfig, tmp_path: Path) -> None:
+    tracker = MLflowTracker(config, tmp_path / "journal.jsonl")
+    params = {f"p{i}": i for i in range(250)} | {"long": "x" * 9000, "odd name?*": 1, "k" * 300: 1, "..": 2, "/a": 3}
+    tracker.start(RunDescription(run_name="many", params=params, tags={f"t{i}": "v" for i in range(150)}))
+    tracker.log(1, {f"metric {i} é": i for i in range(2500)})
+    tracker.finish("FINISHED")
+    run = MlflowClient(config.tracking_uri).get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert len(run.data.params) == len(params)
+    assert len(run.data.params["long"]) == 6000
+    assert run.data.params["odd name__"] == "1"
+    assert len(run.data.metrics) == 2500
+    assert run.data.metrics["metric 7 _"] == 7
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("loss", "loss"), ("a/b", "a/b"), ("/a", "_a"), ("a//b", "a__b"), ("..", "__"), (".", "_"), ("a/../b", "a____b")],
+)
+def test_names_lead_nowhere(key: str, name: str) -> None:
+    assert tracking._name(key) == name
+
+
+# Per-step series
+
+
+def test_per_step_series_never_wait_for_the_store(config: MLflowConfig, tmp_path: Path) -> None:
+    clients: list[GatedClient] = []
+
+    def make(uri: str) -> Any:
+        clients.append(GatedClient(uri))
+        return clients[0]
+
+    tracker = MLflowTracker(config, tmp_path / "journal.jsonl", make)
+    tracker.start(DESCRIPTION)
+    wait_for(lambda: clients and clients[0].entered.is_set(), "request that hangs")
+    values = np.linspace(1.0, 0.0, 5000)
+    for first in range(0, 5000, 1000):  # The store hangs all the while: this returning at all is the claim.
+        tracker.log_steps(first, {"loss": values[first : first + 1000]}, seconds=1.0, end_ms=1_000_000 + first)
+    assert not clients[0].gate.is_set()
+    written = lines(tmp_path / "journal.jsonl", "steps")
+    assert [x for line in written for x in line["metrics"]["loss"]] == values.tolist()
+    clients[0].gate.set()
+    tracker.finish("FINISHED")
+
+    thinned = points(clients[0], tracker.run_id, "loss")
+    assert 45 <= len(thinned) <= 55  # Five seconds, ten points a second.
+    assert thinned[-1][0] == 4999
+    assert np.allclose(sorted((v for _, v in thinned), reverse=True), [v for _, v in thinned])
+    step, value = thinned[10]
+    before = thinned[9][0]
+    assert value == pytest.approx(values[before + 1 : step + 1].mean())
+
+
+def test_log_every_keeps_every_nth_step_and_the_last(database: str, tmp_path: Path) -> None:
+    config = MLflowConfig(tracking_uri=database, log_every=100)
+    tracker = MLflowTracker(config, tmp_path / "journal.jsonl")
+    tracker.start(DESCRIPTION)
+    values = np.arange(1030.0)
+    for first in range(0, 1030, 70):
+        tracker.log_steps(first, {"loss": values[first : first + 70]}, seconds=0.01)
+    tracker.finish("FINISHED")
+    got = points(MlflowClient(database), tracker.run_id, "loss")
+    assert [step for step, _ in got] == [*range(0, 1001, 100), 1029]
+    assert [value for _, value in got[:-1]] == [float(step) for step, _ in got[:-1]]
+
+
+def test_means_do_not_depend_on_where_segments_end() -> None:
+    steps, values = np.arange(1000), np.random.default_rng(0).normal(size=1000)
+    times = 5000 + steps * 7
+
+    def thinned(cuts: list[int]) -> list[tracking.Point]:
+        thinner = tracking._Thinner(None)
+        found = []
+        for part in np.split(steps, cuts):
+            found += thinner.feed(part, times[part], {"loss": values[part]})
+        return found + thinner.flush()
+
+    whole = thinned([])
+    assert thinned([1, 2, 333, 334, 900]) == whole
+    assert whole[-1][3] == 999
+
+
+def test_a_step_is_recorded_once_though_it_is_trained_twice(config: MLflowConfig, tmp_path: Path) -> None:
+    tracker = MLflowTracker(config, tmp_path / "journal.jsonl")
+    tracker.start(DESCRIPTION)
+    tracker.log_steps(0, {"loss": np.ones(30)}, seconds=3.0)
+    tracker.log(30, {"epoch_loss": 1.0})
+    tracker.log_steps(10, {"loss": np.full(40, 2.0)}, seconds=4.0)  # Back at the checkpoint of step 10.
+    tracker.log(30, {"epoch_loss": 1.0})
+    tracker.finish("FINISHED")
+    client = MlflowClient(config.tracking_uri)
+    got = points(client, tracker.run_id, "loss")
+    assert len(points(client, tracker.run_id, "epoch_loss")) == 1
+    assert [step for step, _ in got] == sorted({step for step, _ in got})
+    assert all(value == (1.0 if step < 30 else 2.0) for step, value in got)
+
+
+# Outages
+
+
+def test_a_restarted_job_goes_on_in_the_same_run(config: MLflowConfig, tmp_path: Path) -> None:
+    journal = tmp_path / "journal.jsonl"
+    first = MLflowTracker(config, journal)
+    first.start(DESCRIPTION)
+    first.log_steps(0, {"loss": np.arange(25.0)}, seconds=2.5)
+    first.log(25, {"epoch_loss": 3.0})
+    wait_for(lambda: first._sender._offset == first._journal.size, "delivery")
+    first._sender._stopping = True  # As a kill would: nothing is flushed or finished.
+    first._sender.wake()
+    with journal.open("ab") as file:
+        file.write(b'{"event":"metrics","step":26,"metr')  # Half a line.
+
+    second = MLflowTracker(config, journal)
+    assert second.run_id == first.run_id
+    second.start(RunDescription(run_name="a run", params={"epochs": 3, "new": 1}))
+    second.log_steps(20, {"loss": np.arange(20.0, 50.0)}, seconds=3.0)
+    second.log(25, {"epoch_loss": 3.0})
+    second.log(50, {"epoch_loss": 4.0})
+    second.finish("FINISHED")
+    client = MlflowClient(config.tracking_uri)
+    run = client.get_run(first.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"epochs": "2", "new": "1"}
+    assert points(client, first.run_id, "epoch_loss") == [(25, 3.0), (50, 4.0)]
+    got = [step for step, _ in points(client, first.run_id, "loss")]
+    assert got == sorted(set(got))
+    assert {24, 49} <= set(got)
+    recorded = lines(journal, "steps")
+    assert [value for line in recorded for value in line["metrics"]["loss"]] == np.arange(50.0).tolist()
+
+
+def test_a_run_that_was_made_unheard_is_found_again(config: MLflowConfig, tmp_path: Path) -> None:
+    tracker = MLflowTracker(config, tmp_path / "journal.jsonl")
+    tracker.start(DESCRIPTION)
+    tracker.finish("FINISHED")
+    os.remove(tmp_path / "journal.jsonl.position")
+    assert tracking.replay(tmp_path / "journal.jsonl", config) == tracker.run_id
+
+
+def test_a_failing_store_is_one_line_and_nothing_is_lost(
+    config: MLflowConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = GatedClient(str(config.tracking_uri))
+    client.gate.set()
+    client.error = OSError("http://user:CANARY@host/ is down")
+    tracker = MLflowTracker(config, tmp_path / "journal.jsonl", lambda uri: client)
+    tracker.start(DESCRIPTION)
+    for step in range(1, 6):
+        tracker.log(step, {"loss": 1.0 / step})
+    wait_for(lambda: tracker._sender._failures >= 2, "second attempt")
+    assert [record.levelname for record in caplog.records if record.name == "dtrain"] == ["WARNING"]
+    assert "CANARY" not in caplog.text
+    client.error = None
+    tracker.finish("FINISHED")
+    assert [step for step, _ in points(client, tracker.run_id, "loss")] == [1, 2, 3, 4, 5]
+
+
+def test_a_deleted_run_can_be_restored_while_training_goes_on(
+    config: MLflowConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = MlflowClient(config.tracking_uri)
+    tracker = MLflowTracker(config, tmp_path / "journal.jsonl")
+    tracker.start(DESCRIPTION)
+    wait_for(lambda: tracker._sender._offset == tracker._journal.size, "delivery")
+    client.delete_run(str(tracker.run_id))
+    tracker.log(1, {"loss": 1.0})
+    wait_for(lambda: tracker._sender._failures, "failure")
+    assert "the run was deleted" in caplog.text
+    client.restore_run(str(tracker.run_id))
+    tracker.finish("FINISHED")
+    assert points(client, tracker.run_id, "loss") == [(1, 1.0)]
+
+
+def test_what_did_not_reach_mlflow_can_be_sent_later(
+    config: MLflowConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.5)
+
+    def unreachable(uri: str) -> Any:
+        raise ConnectionError("nobody there")
+
+    tracker = MLflowTracker(config, tmp_path / "journal.jsonl", unreachable)
+    tracker.start(DESCRIPTION)
+    tracker.log(1, {"loss": 1.0})
+    tracker.finish("FINISHED")
+    assert tracker.run_id is None
+    assert "dtrain.tracking.replay" in caplog.text
+    run_id = tracking.replay(tmp_path / "journal.jsonl", config)
+    run = MlflowClient(config.tracking_uri).get_run(run_id)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 1.0})
+
+
+def test_replay_of_no_journal_says_so(tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match="does not exist"):
+        tracking.replay(tmp_path / "none.jsonl")
+
+
+def test_a_full_disk_does_not_stop_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = tracking.Journal(tmp_path / "journal.jsonl")
+    journal.append({"event": "text", "n": 1})
+    write = os.write
+
+    def full(fd: int, data: bytes) -> int:
+        write(fd, data[:5])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    journal.append({"event": "text", "n": 2})
+    journal.append({"event": "text", "n": 3})
+    monkeypatch.setattr(os, "write", write)
+    journal.append({"event": "text", "n": 4})
+    assert [line["n"] for line in lines(journal.path, "text")] == [1, 2, 3, 4]
+    assert [event["n"] for event, _ in journal.read(0) if event] == [1, 2, 3, 4]
+    assert len([r for r in caplog.records if "wait in memory" in r.message]) == 1
+
+
+# A real server
+
+
+class Server:
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._folder = folder
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1",
+             "--port", str(self.port), "--backend-store-uri", f"sqlite:///{self._folder}/server.db",
+             "--artifacts-destination", str(self._folder / "artifacts")],
+            cwd=self._folder, start_new_session=True,
+            stdout=(self._folder / "server.log").open("ab"), stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        wait_for(self._answers, "MLflow server")
+
+    def stop(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _answers(self) -> bool:
+        import requests
+
+        assert self._process.poll() is None, (self._folder / "server.log").read_text()
+        with contextlib.suppress(requests.RequestException):
+            return bool(requests.get(f"{self.uri}/health", timeout=5).ok)
+        return False
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(tmp_path_factory.mktemp("server"))
+    yield running
+    running.stop()
+
+
+@pytest.mark.timeout(400)
+def test_points_are_complete_and_none_doubled_after_the_server_was_away(server: Server, tmp_path: Path) -> None:
+    with_secret = server.uri.replace("http://", "http://user:CANARY@")
+    tracker = MLflowTracker(MLflowConfig(tracking_uri=with_secret), tmp_path / "journal.jsonl")
+    tracker.check()
+    tracker.start(DESCRIPTION)
+    tracker.log(1, {"loss": 1.0})
+    wait_for(lambda: tracker._sender._offset == tracker._journal.size, "delivery")
+    server.stop()
+    for step in range(2, 50):
+        tracker.log(step, {"loss": 1.0 / step})
+    wait_for(lambda: tracker._sender._failures >= 2, "failures")
+    server.start()
+    tracker.log(50, {"loss": 0.02})
+    tracker.finish("FINISHED")
+
+    client = MlflowClient(server.uri)
+    assert client.get_run(str(tracker.run_id)).info.status == "FINISHED"
+    assert [step for step, _ in points(client, tracker.run_id, "loss")] == list(range(1, 51))
+    assert tracker.url() == f"{server.uri}/#/experiments/{tracker._sender.run.experiment_id}/runs/{tracker.run_id}"
+    assert tracker.open_command() == tracker.url()
+
+
+@pytest.mark.timeout(400)
+def test_secrets_are_masked(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="dtrain")
+    uri = server.uri.replace("http://", "http://user:CANARY@")
+    tracker = MLflowTracker(MLflowConfig(tracking_uri=uri), tmp_path / "journal.jsonl")
+    storage = "s3://key:CANARY@bucket/runs"
+    tracker.start(RunDescription(run_name="secret", params={"storage": storage}, tags={"t": storage}, summary=storage))
+    tracker.log_text(f"see {storage}", "text.txt")
+    tracker.finish("FAILED", error=f"cannot write {storage}")
+
+    client = MlflowClient(server.uri)
+    run = client.get_run(str(tracker.run_id))
+    folder = Path(client.download_artifacts(str(tracker.run_id), "", str(tmp_path)))
+    out, err = capfd.readouterr()
+    everything = [json.dumps(run.to_dictionary()), caplog.text, out, err, str(tracker.url())]
+    everything += [path.read_text() for path in folder.rglob("*") if path.is_file()]
+    assert run.data.params["storage"] == "s3://***@bucket/runs"
+    assert len(list(folder.rglob("*.txt"))) == 2
+    assert not [text for text in everything if "CANARY" in text]
+
+
+class Stub:
+    """An HTTP server that answers everything with one status."""
+
+    def __init__(self) -> None:
+        self.status = 500
+        self.requests = 0
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                stub.requests += 1
+                self.send_response(stub.status)
+                self.send_header("Retry-After", "3600")
+                self.send_header("Content-Length", "4")
+                self.end_headers()
+                self.wfile.write(b"oops")
+
+            do_POST = do_GET
+
+            def log_message(self, format: str, *args: Any) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.uri = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    running = Stub()
+    yield running
+    running.stop()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_refused_credentials_are_an_error_before_anything_starts(stub: Stub, tmp_path: Path, status: int) -> None:
+    stub.status = status
+    tracker = MLflowTracker(MLflowConfig(tracking_uri=stub.uri), tmp_path / "journal.jsonl")
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_USERNAME"):
+        tracker.check()
+
+
+@pytest.mark.parametrize("status", [500, 429])
+def test_a_server_that_cannot_answer_is_no_error_and_is_asked_again(stub: Stub, tmp_path: Path, status: int) -> None:
+    stub.status = status
+    tracker = MLflowTracker(MLflowConfig(tracking_uri=stub.uri), tmp_path / "journal.jsonl")
+    tracker.check()
+    before = stub.requests
+    tracker.start(DESCRIPTION)
+    # Retry-After says an hour and MLflow's own retries take minutes; neither rules here.
+    wait_for(lambda: tracker._sender._failures >= 2, "second attempt")
+    assert stub.requests >= before + 2
+    assert tracker.run_id is None
+    tracker._sender._stopping = True
+    tracker._sender.wake()
+
+
+def test_a_server_that_is_down_is_no_error(tmp_path: Path) -> None:
+    MLflowTracker(MLflowConfig(tracking_uri="http://127.0.0.1:1"), tmp_path / "journal.jsonl").check()
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    "uri", ["ftp://host/x", "nonsense://", "file:///tmp/mlruns", "./mlruns", "sqlite:////no/such/f.db"]
+)
+def test_an_impossible_tracking_uri_is_an_error_before_anything_starts(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(ConfigError, match="tracking_uri"):
+        MLflowTracker(MLflowConfig(tracking_uri=uri), tmp_path / "journal.jsonl").check()
+
+
+def test_what_the_config_leaves_open_comes_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tracker(**given: Any) -> MLflowTracker:
+        return MLflowTracker(MLflowConfig(**given), tmp_path / "journal.jsonl")
+
+    assert tracker().open_command() == "mlflow ui --backend-store-uri sqlite:///mlflow.db"
+    assert tracker()._experiment == ("dtrain", None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "7")
+    assert tracker().open_command() == "http://127.0.0.1:1"
+    assert tracker()._experiment == (None, "7")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "named")
+    assert tracker()._experiment == ("named", None)
+    assert tracker(experiment_name="given")._experiment == ("given", None)
+
+
+def test_retries_are_short_on_our_thread_only_and_the_users_setting_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES as RETRIES
+
+    usual = RETRIES.get()
+    elsewhere = []
+    with tracking._settings_for_this_thread(tracking.SEND_SETTINGS):
+        assert RETRIES.get() == 1 < usual
+        thread = threading.Thread(target=lambda: elsewhere.append(RETRIES.get()))
+        thread.start()
+        thread.join()
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        assert RETRIES.get() == 3
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+    assert elsewhere == [usual]
+    assert RETRIES.get() == usual
+
+
+def test_files_are_the_users_alone(tmp_path: Path) -> None:
+    tracker = MLflowTracker(None, tmp_path / "journal.jsonl")
+    tracker.start(DESCRIPTION)
+    tracker.finish("FINISHED")
+    for name in ("journal.jsonl", "journal.jsonl.position", "mlflow.db"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600, name
+    uri = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(str(tracker.run_id)).info.artifact_uri
+    assert uri.startswith((tmp_path / "mlruns" / "dtrain").as_uri())
+
+
+# Models and figures
+
+
+@pytest.mark.timeout(300)
+def test_a_model_is_logged_without_touching_the_users_own_run(config: MLflowConfig, tmp_path: Path) -> None:
+    import keras
+    import mlflow
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    x = np.ones((4, 3), np.float32)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/users.db")
+    mlflow.set_experiment("the user's own")
+    try:
+        with mlflow.start_run() as users:
+            tracker = MLflowTracker(config, tmp_path / "journal.jsonl")
+            tracker.start(DESCRIPTION)
+            tracker.log_model(model, x, model.predict(x, verbose=0))
+            tracker.finish("FINISHED")
+            active = mlflow.active_run()
+            assert active is not None and active.info.run_id == users.info.run_id
+            assert mlflow.get_tracking_uri() == f"sqlite:///{tmp_path}/users.db"
+            mlflow.log_metric("mine", 1.0)
+        seen = MlflowClient().get_run(users.info.run_id)
+        assert (seen.info.status, seen.data.metrics, seen.outputs.model_outputs) == ("FINISHED", {"mine": 1.0}, [])
+        client = MlflowClient(config.tracking_uri)
+        [output] = client.get_run(str(tracker.run_id)).outputs.model_outputs
+        logged = client.get_logged_model(output.model_id)
+        assert (str(logged.status), logged.source_run_id) == ("READY", tracker.run_id)
+        mlflow.set_tracking_uri(config.tracking_uri)
+        info = mlflow.models.get_model_info(f"models:/{output.model_id}")
+        assert info.run_id == tracker.run_id
+        assert info.signature.inputs.inputs[0].shape == (-1, 3)
+        for uri in (f"models:/{output.model_id}", f"runs:/{tracker.run_id}/model"):
+            assert np.array_equal(mlflow.keras.load_model(uri).predict(x, verbose=0), model.predict(x, verbose=0))
+        requirements = Path(mlflow.pyfunc.get_model_dependencies(f"models:/{output.model_id}")).read_text()
+        assert f"keras=={keras.__version__}" in requirements
+    finally:
+        mlflow.set_tracking_uri(None)
+        mlflow.tracking.fluent._active_experiment_id = None
+        os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
+
+
+def test_what_cannot_be_saved_is_a_warning(
+    config: MLflowConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from matplotlib.figure import Figure
+
+    tracker = MLflowTracker(config, tmp_path / "journal.jsonl")
+    tracker.start(DESCRIPTION)
+    tracker.log_figure(Figure(), "plots/curves.png")
+    tracker.log_figure(Figure(), "curves.nonsense")
+    tracker.log_model(object(), np.ones(1), np.ones(1))
+    tracker.log_artifact(tmp_path / "not there")
+    tracker.finish("FINISHED")
+    client = MlflowClient(config.tracking_uri)
+    assert client.get_run(str(tracker.run_id)).info.status == "FINISHED"
+    assert [item.path for item in client.list_artifacts(str(tracker.run_id), "plots")] == ["plots/curves.png"]
+    assert len([record for record in caplog.records if "MLflow will not have" in record.message]) == 3
+
+
+def test_the_null_tracker_takes_everything() -> None:
+    tracker: Tracker = NullTracker()
+    tracker.check()
+    tracker.start(DESCRIPTION)
+    tracker.log_steps(0, {"loss": np.ones(3)}, seconds=1.0)
+    tracker.finish("FINISHED")
+    assert tracker.run_id is None and tracker.url() is None
+
+
+def test_tags_name_the_commit_and_whether_it_is_dirty(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("1\n")
+    assert "mlflow.source.git.commit" not in tracking.environment_tags(str(script))
+    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+    for command in (["init", "-q"], ["add", "train.py"], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    tags = tracking.environment_tags(str(script))
+    assert len(tags["mlflow.source.git.commit"]) == 40
+    assert (tags["mlflow.source.git.dirty"], tags["mlflow.source.name"]) == ("false", str(script))
+    script.write_text("2\n")
+    assert tracking.environment_tags(str(script))["mlflow.source.git.dirty"] == "true"
+
+
+def test_importing_it_does_not_import_mlflow() -> None:
+    code = "import sys, dtrain.tracking; assert 'mlflow' not in sys.modules and 'keras' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(tracking.__file__).parents[1])
