@@ -1,1 +1,35 @@
-"""d"""
+"""dtrain trains any compiled Keras 3 model on many machines as if they were one.
+
+Importing it loads neither TensorFlow nor Ray nor MLflow.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dtrain import data, errors
+    from dtrain.callbacks import on_every_rank
+    from dtrain.config import CheckpointConfig, MLflowConfig
+    from dtrain.history import History
+    from dtrain.trainer import Trainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Trainer": "dtrain.trainer",
+    "History": "dtrain.history",
+    "CheckpointConfig": "dtrain.config",
+    "MLflowConfig": "dtrain.config",
+    "on_every_rank": "dtrain.callbacks",
+}
+_MODULES = ("data", "errors")
+
+__all__ = ["CheckpointConfig", "History", "MLflowConfig", "Trainer", "data", "errors", "on_every_rank"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"dtrain.{name}")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'dtrain' has no attribute {name!r}")

@@ -4,9 +4,11 @@ Keras's deciding callbacks run on every rank, with the same logs. Those that wri
 0 alone; what such a hook does to `stop_training`, the optimizer or the weights is broadcast after it.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import cloudpickle
 import keras
 import numpy as np
 
@@ -93,6 +95,18 @@ def on_every_rank(callback: T) -> T:
     """
     callback.dtrain_on_every_rank = True  # type: ignore[attr-defined]
     return callback
+
+
+def export_state(callback: keras.callbacks.Callback) -> dict[str, Any]:
+    """The attributes of a callback that can travel back to the driver's object."""
+    state = {}
+    for name, value in vars(callback).items():
+        if name in ("_model", "params"):
+            continue
+        with contextlib.suppress(Exception):  # an open file, say: it stays where it is
+            cloudpickle.dumps(value)
+            state[name] = value
+    return state
 
 
 def _variables_of(model: keras.Model) -> list[Any]:

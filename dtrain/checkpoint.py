@@ -20,21 +20,25 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from operator import index
 from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 import ml_dtypes  # noqa: F401  (makes NumPy know bfloat16 and float8)
 import numpy as np
 import safetensors.numpy
-from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+from fsspec.implementations.local import LocalFileSystem
 
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.types import Array, Position
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+MODEL_FILE = "model.safetensors"
+"""Where rank 0 writes the variables of model and optimizer."""
 
 _FOLDER = re.compile(r"step-(\d{9,18})(?:-(\d{1,9}))?")
 _STAGING = re.compile(r"\.staging-(.+)-[0-9a-f]{8}")
@@ -42,15 +46,21 @@ _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.(?:safetensors|json)")
 _MANIFEST_LIMIT = 64 << 20
 _HEADER_LIMIT = 100_000_000  # safetensors' own
 _DTYPES = {
-    **{"BOOL": "bool", "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64"},
+    "BOOL": "bool",
+    "BF16": "bfloat16",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
     **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
     **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
-    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
 }
 _DTYPE_NAMES = {name: code for code, name in _DTYPES.items()}
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 """The dtype (safetensors' code) and the shape of each tensor."""
+Offsets = dict[str, tuple[str, tuple[int, ...], int]]
+"""The same and where the tensor begins in the file."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ class LoadedCheckpoint:
 class Staging:
     """A checkpoint being written: a value that travels to the workers, each of which writes files of its own names.
 
-    Once it is committed or discarded its folder is gone from a local disk, so a worker that comes late can write nothing.
+    Once it is committed or discarded, its folder is gone from a local disk: a worker that comes late can write nothing.
     """
 
     url: str
@@ -186,6 +196,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: a file of the manifest is not there, or writing failed. Then there is no such checkpoint.
         """
+        if manifest.step != staging.step:
+            raise ValueError(f"the manifest is of step {manifest.step}, the staging folder of step {staging.step}")
         staged, target = Folder(staging.url), self._root / staging.target
         with _as_checkpoint_error(target.url, "committed", "free space, or choose another storage_path"):
             _check_staged(staged, manifest)
@@ -251,10 +263,8 @@ class CheckpointStore:
 
     def _names(self) -> builtins.list[str]:
         """Our folders, committed or not, oldest first."""
-        entries = self._root.entries()
-        return sorted(
-            (name for name, entry in entries.items() if entry.kind == "directory" and _order(name)), key=_order
-        )
+        folders = (name for name, entry in self._root.entries().items() if entry.kind == "directory")
+        return sorted((name for name in folders if _order(name) >= (0, 0)), key=_order)
 
 
 def load(checkpoint: Checkpoint | str) -> LoadedCheckpoint:
@@ -282,7 +292,7 @@ def load(checkpoint: Checkpoint | str) -> LoadedCheckpoint:
 
 
 def read_manifest(url: str) -> Manifest:
-    """A checkpoint's manifest alone, verified; enough to list metrics or to compare variables. Raises CheckpointError."""
+    """A checkpoint's manifest alone, verified: enough to list metrics or compare variables. Raises CheckpointError."""
     folder = Folder(url)
     with _as_checkpoint_error(folder.url, "read", "check the path and the access rights"):
         entry = folder.entries().get(MANIFEST)
@@ -325,14 +335,20 @@ class Folder:
             self._fs, path = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise ConfigError(
-                f"{url!r} cannot be used as storage: {error}. Use a local path, or install fsspec's package for that kind"
+                f"{url!r} cannot be used as storage: {error}. Use a local path, or install the package it names"
             ) from error
         self.path = str(path).rstrip("/") or "/"
         self.is_local = isinstance(self._fs, LocalFileSystem)
-        self.url = self.path if self.is_local else str(self._fs.unstrip_protocol(self.path))
+
+    @property
+    def url(self) -> str:
+        """A plain path for a local disk."""
+        return self.path if self.is_local else str(self._fs.unstrip_protocol(self.path))
 
     def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.url}/{name}")
+        child = copy(self)
+        child.path = f"{self.path.rstrip('/')}/{name}"
+        return child
 
     def entries(self) -> dict[str, Entry]:
         """What is in it, links not followed; nothing if it is missing."""
@@ -369,9 +385,7 @@ class Folder:
         if not self.is_local:
             self._fs.makedirs(self.path, exist_ok=True)
             return
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        os.mkdir(self.path, 0o700)
-        _sync_folder(os.path.dirname(self.path))
+        _make_folder(self.path, 0o700)
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a file and, on a local disk, waits until it is there. The folder must exist."""
@@ -423,6 +437,20 @@ def _local_entry(item: "os.DirEntry[str]") -> Entry:
     return Entry(kind, info.st_size)
 
 
+def _make_folder(path: str, mode: int = 0o777) -> None:
+    """Makes a folder and those above it, each on the disk before it is used. FileExistsError if it is there."""
+    parent = os.path.dirname(path)
+    if not os.path.isdir(parent):
+        with suppress(FileExistsError):
+            _make_folder(parent)
+    os.mkdir(path, mode)
+    try:
+        _sync_folder(parent)
+    except OSError:
+        os.rmdir(path)
+        raise
+
+
 def _sync_folder(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -431,12 +459,12 @@ def _sync_folder(path: str) -> None:
         os.close(descriptor)
 
 
-def _order(name_or_url: str) -> tuple[int, int] | tuple[()]:
-    """(step, attempt) of a folder of ours, else ()."""
+def _order(name_or_url: str) -> tuple[int, int]:
+    """(step, attempt) of a folder of ours; negative for any other."""
     name = name_or_url.rpartition("/")[2]
     staging = _STAGING.fullmatch(name)
     match = _FOLDER.fullmatch(staging[1] if staging else name)
-    return (int(match[1]), int(match[2] or 0)) if match else ()
+    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
 
 
 def _check_name(name: str, where: str) -> str:
@@ -484,26 +512,27 @@ def _check_listing(folder: Folder, manifest: Manifest) -> None:
         if entry.size != record.size:
             raise _damaged(folder, f"{record.name} has {entry.size} bytes, not {record.size}")
     if entries:
-        raise _damaged(folder, f"{sorted(entries)[0]} does not belong to it")
+        raise _damaged(folder, f"{min(entries)} does not belong to it")
 
 
-def _check_header(folder: Folder, record: FileRecord) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Dtype, shape and offset of each tensor, if the file's header says what the manifest says and fits the file."""
+def _check_header(folder: Folder, record: FileRecord) -> Offsets:
+    """Where each tensor lies, if the file's header says what the manifest says and fits the file."""
     size = int.from_bytes(folder.read(record.name, 8), "little")
     if size > min(_HEADER_LIMIT, record.size - 8):
         raise _damaged(folder, f"{record.name} has a header of {size} bytes")
     try:
         header = json.loads(folder.read(record.name, 8 + size)[8:])
         header.pop("__metadata__", None)
-        spans = sorted((*item["data_offsets"], key) for key, item in header.items())
+        spans = sorted((*map(index, item["data_offsets"]), key) for key, item in header.items())
         found = {key: (item["dtype"], tuple(item["shape"])) for key, item in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(folder, f"{record.name} has a header that cannot be understood ({error})") from error
-    if found != record.tensors:
+    if record.tensors is None or found != record.tensors:
         raise _damaged(folder, f"{record.name} does not hold the tensors that the manifest names")
-    offsets, end = {}, 0
+    offsets: Offsets = {}
+    end = 0
     for start, stop, key in spans:
-        dtype, shape = found[key]
+        dtype, shape = record.tensors[key]
         if start != end or stop - start != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
             raise _damaged(folder, f"{record.name} says that tensor {key!r} lies at bytes {start} to {stop}")
         offsets[key], end = (dtype, shape, 8 + size + start), stop
@@ -519,7 +548,7 @@ def _read_verified(folder: Folder, record: FileRecord) -> bytes:
     return data
 
 
-def _views(data: bytes, offsets: Mapping[str, tuple[str, tuple[int, ...], int]]) -> dict[str, Array]:
+def _views(data: bytes, offsets: Offsets) -> dict[str, Array]:
     return {
         key: np.ndarray(shape, np.dtype(_DTYPES[dtype]), buffer=data, offset=offset)
         if math.prod(shape)
@@ -534,6 +563,7 @@ _SEAL = b',\n "digest": "'
 def _encode(manifest: Manifest) -> bytes:
     """JSON whose last entry is the SHA-256 of all bytes before it, so that damage to the manifest itself shows."""
     fields = {"format": FORMAT, **asdict(manifest)}
+    fields["metrics"] = {name: float(value) for name, value in manifest.metrics.items()}
     fields["files"] = {f["name"]: {k: v for k, v in f.items() if k != "name"} for f in fields["files"]}
     head = json.dumps(fields, indent=1).removesuffix("\n}").encode()
     return head + _SEAL + hashlib.sha256(head).hexdigest().encode() + b'"\n}\n'
@@ -550,7 +580,10 @@ def _decode(raw: bytes, folder: Folder) -> Manifest:
     if seal != hashlib.sha256(head).hexdigest().encode() + b'"\n}\n':
         raise ValueError("its own digest does not match")
     del fields["digest"]
-    fields["position"] = Position(**fields["position"])
+    position = fields["position"] = Position(**fields["position"])
+    whole = [position.epoch, position.step, *(fields[name] for name in ("step", "world_size", "seed"))]
+    if not all(type(number) is int and number >= 0 for number in whole):
+        raise ValueError(f"{whole} must be whole numbers")
     fields["files"] = tuple(_decode_record(name, item, folder) for name, item in fields["files"].items())
     return Manifest(**fields)
 
@@ -568,7 +601,9 @@ def _decode_record(name: str, item: Mapping[str, Any], folder: Folder) -> FileRe
         return FileRecord(name, size, sha256)
     layout = {key: (dtype, tuple(shape)) for key, (dtype, shape) in tensors.items()}
     for key, (dtype, shape) in layout.items():
-        if dtype not in _DTYPES or not all(type(n) is int and 0 <= n <= size for n in shape):
+        is_shape = all(type(n) is int and 0 <= n < 2**40 for n in shape) and len(shape) <= 32
+        # NumPy refuses shapes whose other dimensions overflow even where one of them is 0.
+        if dtype not in _DTYPES or not is_shape or math.prod(n for n in shape if n) > 2**56:
             raise ValueError(f"tensor {key!r} of {name} is said to be {dtype} {shape}")
     return FileRecord(name, size, sha256, layout)
 

@@ -174,5 +174,3 @@ def is_lost_peer(error: BaseException) -> bool:
 
 def _as_bytes(array: Array) -> Array:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-

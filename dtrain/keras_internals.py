@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import keras
+from keras.src.backend import compute_output_spec
 from keras.src.backend.common.variables import Variable
 from keras.src.losses import loss as loss_module
 from keras.src.metrics.reduction_metrics import Mean
@@ -19,6 +20,7 @@ from keras.src.utils import is_default
 __all__ = [
     "Mean",
     "build_from_batch",
+    "build_from_inputs",
     "global_seed_generator",
     "is_default",
     "layers_of",
@@ -32,6 +34,18 @@ __all__ = [
 def build_from_batch(model: keras.Model, batch: Any) -> None:
     """Create the variables of model, loss, metrics and optimizer from one batch, without computing anything."""
     model._symbolic_build(data_batch=batch)
+
+
+def build_from_inputs(model: keras.Model, batch: Any) -> None:
+    """Create the variables of model and optimizer from a batch that may have no targets."""
+    if not all(layer.built for layer in layers_of(model)):
+        x, _, _ = unpack_x_y_sample_weight(batch)
+        symbolic = keras.tree.map_structure(
+            lambda leaf: keras.KerasTensor(leaf.shape, keras.backend.standardize_dtype(leaf.dtype)), x
+        )
+        compute_output_spec(model, symbolic, training=False)
+    if model.optimizer is not None and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
 
 
 def layers_of(model: keras.Model) -> list[keras.Layer]:

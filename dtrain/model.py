@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.keras_internals import build_from_batch, global_seed_generator, seed_generators_of
+from dtrain.keras_internals import build_from_batch, build_from_inputs, global_seed_generator, seed_generators_of
 from dtrain.types import Array, Tree
 
 ModelFn = Callable[..., keras.Model]
@@ -59,8 +59,13 @@ def make_model(model_fn: ModelFn, config: Mapping[str, Any] | None) -> keras.Mod
     return model
 
 
+def build_variables(model: keras.Model, batch: Tree) -> None:
+    """Create the variables of model and optimizer from a batch of any size; targets may be missing."""
+    build_from_inputs(model, batch)
+
+
 def build(model: keras.Model, batch: Tree) -> None:
-    """Create every variable of model, metrics and optimizer, from a batch (x, y, sample_weight) of any size."""
+    """Create those of loss and metrics as well, from a batch (x, y, sample_weight) of any size."""
     build_from_batch(model, batch)
 
 
@@ -93,13 +98,16 @@ def learning_rate(model: keras.Model) -> float | None:
 
 
 def named_variables(model: keras.Model) -> dict[str, Any]:
-    """Every variable that training changes, metrics left out, by a name that is unique and the same everywhere."""
+    """Every variable that training changes, metrics left out, by a name that is unique and the same everywhere.
+
+    Names are "<group>/<place>/<path>", in alphabetical order; the groups are "model", "optimizer" and "random".
+    """
     groups: dict[str, Sequence[Any]] = {"model": model.variables}
     if model.optimizer is not None:
         groups["optimizer"] = model.optimizer.variables
     groups["random"] = [global_seed_generator().state]
     return {
-        f"{group}/{index:04d}/{variable.path}": variable
+        f"{group}/{index:06d}/{variable.path}": variable
         for group, variables in groups.items()
         for index, variable in enumerate(variables)
     }
@@ -110,25 +118,28 @@ def read_state(model: keras.Model) -> State:
 
 
 def write_state(model: keras.Model, state: Mapping[str, Array]) -> None:
-    """Assign a state that `read_state` gave for the same architecture.
+    """Assign a state that `read_state` gave for the same architecture; groups that it lacks are left alone.
 
-    Names are compared by place, shape and dtype: Keras numbers layers of one process, so paths may differ.
+    Variables are told by group and place, checked by shape and dtype: Keras numbers layers within a process, so paths
+    may differ.
 
     Raises:
         CheckpointError: the state is of another model; nothing was assigned.
     """
-    variables = named_variables(model)
-    if len(variables) != len(state):
-        raise CheckpointError(
-            f"the state has {len(state)} variables, this model {len(variables)}; it is of another model or optimizer"
-        )
-    for (name, variable), (other, value) in zip(variables.items(), state.items(), strict=True):
-        if name[:15] != other[:15] or tuple(variable.shape) != value.shape or str(variable.dtype) != str(value.dtype):
+    groups = {name.split("/")[0] for name in state}
+    variables = {name: v for name, v in named_variables(model).items() if name.split("/")[0] in groups}
+    for (name, variable), (other, value) in zip(variables.items(), sorted(state.items()), strict=False):
+        same_place = name.split("/")[:2] == other.split("/")[:2]
+        if not same_place or tuple(variable.shape) != value.shape or str(variable.dtype) != str(value.dtype):
             raise CheckpointError(
                 f"the state is of another model: it has {other} {value.shape} {value.dtype}"
                 f" where this model has {name} {tuple(variable.shape)} {variable.dtype}"
             )
-    for variable, value in zip(variables.values(), state.values(), strict=True):
+    if len(variables) != len(state):
+        raise CheckpointError(
+            f"the state has {len(state)} variables, this model {len(variables)}; it is of another model or optimizer"
+        )
+    for variable, (_, value) in zip(variables.values(), sorted(state.items()), strict=True):
         variable.assign(value)
 
 
@@ -151,7 +162,7 @@ def _loss_name(model: keras.Model) -> str:
     loss = model.loss
 
     def name_of(item: Any) -> str:
-        return item if isinstance(item, str) else getattr(item, "name", None) or getattr(item, "__name__", str(item))
+        return str(item if isinstance(item, str) else getattr(item, "name", None) or getattr(item, "__name__", item))
 
     return json.dumps(keras.tree.map_structure(name_of, loss)) if keras.tree.is_nested(loss) else name_of(loss)
 

@@ -20,7 +20,7 @@ from dtrain.data.sampler import Sampler, even_split, shard
 from dtrain.data.source import ArraySource, DataSource, Rows, keras_batch, map_tree
 from dtrain.errors import ConfigError
 from dtrain.metrics import MetricState
-from dtrain.model import State, build, describe, learning_rate, read_state, spread_seeds, write_state
+from dtrain.model import State, build, build_variables, describe, learning_rate, read_state, spread_seeds, write_state
 from dtrain.step import Kind, Steps, concatenate
 from dtrain.types import (
     Array,
@@ -66,6 +66,7 @@ class Replica:
         self.model = model
         self.collective = collective
         self.progress = Progress("idle")
+        self._has_variables = False
         self._steps: dict[Kind, Steps] = {}
         self._predict_function: Any = None
         self._fit: _Fit | None = None
@@ -73,18 +74,25 @@ class Replica:
 
     # --- state
 
-    def build(self, batch: Tree) -> None:
+    def build(self, batch: Tree, with_loss: bool = True) -> None:
         """Create all variables from a batch, check that the ranks made the same model, take over rank 0's state.
+
+        Args:
+            batch: (x,), (x, y) or (x, y, sample_weight) of any number of rows.
+            with_loss: False: to predict, which needs no targets.
 
         Raises:
             ConfigError: the factory made different models on different ranks.
         """
-        if not self._steps:
-            build(self.model, keras_batch(batch))
+        if not self._has_variables:
+            build_variables(self.model, keras_batch(batch))
             self._check_same_model()
+            self._take_over()
+            self._has_variables = True
+        if with_loss and not self._steps:
+            build(self.model, keras_batch(batch))
             self._metrics = MetricState(self.model)
             self._steps = {kind: Steps(self.model, self.collective, self._metrics, kind) for kind in ("train", "test")}
-            self._take_over()
 
     def read_state(self) -> State:
         """Rank 0's state is the job's."""
@@ -224,9 +232,7 @@ class Replica:
 
     # --- evaluate, predict, and single batches
 
-    def evaluate(
-        self, plan: BatchPlan, source: DataSource, callbacks: Sequence[keras.callbacks.Callback] = ()
-    ) -> Logs:
+    def evaluate(self, plan: BatchPlan, source: DataSource, callbacks: Sequence[keras.callbacks.Callback] = ()) -> Logs:
         """The metrics of the whole data set, the same on all ranks. Collective."""
         self.build(source.read(np.zeros(1, np.int64)))
         sampler = Sampler(plan)

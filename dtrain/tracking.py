@@ -208,6 +208,7 @@ class MLflowTracker:
         self._journal = Journal(Path(journal).absolute())
         self._outbox = Path(f"{self._journal.path}.artifacts")
         self._sender = _Sender(self._journal, _Run(self._uri, self._experiment, self._make_client))
+        self._finished = False
         self._recover()
 
     def _recover(self) -> None:
@@ -267,7 +268,7 @@ class MLflowTracker:
         with _settings_for_this_thread(CHECK_SETTINGS):
             try:
                 experiment = _Run(self._uri, self._experiment, self._make_client).experiment()
-            except Exception as error:  # noqa: BLE001  only a refusal is final, whatever else comes mends itself
+            except Exception as error:
                 if _http_status(error) in (401, 403):
                     raise ConfigError(
                         f"the MLflow server at {mask(self._uri)} refused the credentials ({_brief(error)}): set "
@@ -381,18 +382,21 @@ class MLflowTracker:
         """Ends the run: sends what is left, the journal as an artifact, and the status.
 
         Waits as long as sending gets on, but not longer than 30 seconds for an MLflow that fails or does not answer.
-        What is left then stays in the journal, and one line says so.
+        What is left then stays in the journal, and one line says so. A second call does nothing.
 
         Args:
             status: what the run ended as.
             error: why it failed, for the tag dtrain.error.
         """
+        if self._finished:
+            return
+        self._finished = True
         self._append_all(*_points_lines(self._thinner.flush()), {"event": "finish", "status": status, "error": error})
         self.drain()
 
     def drain(self) -> bool:
         """Sends what is left and stops the thread; the second half of finish(). False if something is left."""
-        done = self._sender.drain(FINISH_SECONDS)
+        done = self._sender.drain(FINISH_SECONDS) and not self._journal.waiting
         if done:
             shutil.rmtree(self._outbox, ignore_errors=True)
         else:
@@ -441,7 +445,7 @@ class MLflowTracker:
         """A record that cannot be made is no reason to lose a training: warn and go on."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001  saving runs the user's code, which may raise anything
+        except Exception as error:
             _logger.warning("MLflow will not have %s: it could not be saved (%s)", what, _brief(error))
 
 
@@ -489,7 +493,7 @@ def environment_tags(script: str | None) -> dict[str, str]:
 
 def mask(text: str) -> str:
     """Hides user names and passwords in the URLs of a text."""
-    return re.sub(r"(?<=://)[^/\s'\"]+@", "***@", text)
+    return re.sub(r"(?<=://)[^/?#\s'\"]+@", "***@", text)
 
 
 # The journal --------------------------------------------------------------------------------------------------------
@@ -526,6 +530,11 @@ class Journal:
         if end < size:
             os.ftruncate(self._fd, end)
         return end
+
+    @property
+    def waiting(self) -> bool:
+        """Whether lines wait in memory, because the file cannot be written."""
+        return bool(self._waiting)
 
     def append(self, *events: Event) -> None:
         """Writes events, a line each, without user info in URLs."""
@@ -689,7 +698,7 @@ class _Sender:
                     continue
                 try:
                     self._send_next()
-                except Exception as error:  # noqa: BLE001  all failures of MLflow, its database and the network
+                except Exception as error:
                     self._failed(error)
                 else:
                     self._succeeded()
@@ -753,7 +762,7 @@ class _Sender:
             return "retry"
         try:
             stage = self.run.lifecycle_stage()
-        except Exception as another:  # noqa: BLE001  as above
+        except Exception as another:
             missing = getattr(another, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
             return "gone" if missing else "retry"
         if stage == "deleted":
@@ -981,7 +990,7 @@ def _signature(example_input: Any, example_output: Any) -> Any:
 
     try:
         return infer_signature(_named(example_input, "input"), _named(example_output, "output"))
-    except Exception as error:  # noqa: BLE001  a model without signature is better than none
+    except Exception as error:
         _logger.info("the model is logged without a signature (%s)", _brief(error))
         return None
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
@@ -69,7 +68,7 @@ class BatchPlan:
         num_rows: rows in the data set.
         batch_size: rows in a mini-batch of the whole job; the last of a pass may have fewer.
         steps_per_epoch: mini-batches in an epoch; None: one pass over the data.
-        shuffle: True: a new order every pass; "batch": the mini-batches' order only; False: as given.
+        shuffle: True: a new order every pass; "batch": of the rows inside each mini-batch only; False: as given.
         seed: of the shuffling; a run's seed and the number of the fit, say.
     """
 

@@ -102,13 +102,11 @@ class Worker:
         self._replica = Replica(make_model(model_fn, config), self._collective)
 
     @_reported
-    def build(self, source: Any) -> Any:
-        """Create the model's variables from the first row; describe the model."""
-        import numpy as np
-
+    def build(self, batch: Tree, with_loss: bool) -> Any:
+        """Create the model's variables from a batch; describe the model."""
         from dtrain.model import describe
 
-        self._replica.build(source.read(np.zeros(1, np.int64)))
+        self._replica.build(batch, with_loss)
         return describe(self._replica.model)
 
     @_reported
@@ -152,15 +150,23 @@ class Worker:
     def write_state(self, state: Any) -> None:
         self._replica.write_state(state)
 
+    @_reported
+    def write_checkpoint(self, staging: Any) -> tuple[Any, ...]:
+        """Write the job's state into a staging folder: rank 0 does. Returns the files' records."""
+        from dtrain.checkpoint import MODEL_FILE
+
+        if self._rank > 0:
+            return ()
+        return (staging.write_tensors(MODEL_FILE, self._replica.read_state()),)
+
     def progress(self) -> Progress:
         """How far this rank is, and what it printed since the last call; answers while a method runs."""
         progress = self._replica.progress if self._replica is not None else Progress("starting")
         return replace(progress, printed=self._printed.take())
 
-    def leave(self) -> None:
-        """Leave the group, so that the others do not take the end of this process for a failure."""
-        if self._collective is not None:
-            self._collective.close()
+
+_RAY_MARKS = (":actor_name:", ":task_name:", ":job_id:")
+"""How lines begin that Ray prints into a worker's log for itself."""
 
 
 class _Tee(io.TextIOBase):
@@ -189,7 +195,7 @@ class _Tee(io.TextIOBase):
         """The finished lines since the last call."""
         with self._lock:
             *lines, self._text = self._text.split("\n")
-        return tuple(lines)
+        return tuple(line for line in lines if not line.startswith(_RAY_MARKS))
 
 
 def _failure(error: Exception) -> Failure:

@@ -122,7 +122,7 @@ def test_sparse_matrices_are_refused_with_the_fix() -> None:
     ],
 )
 def test_class_weight_weighs_rows_by_class(y: np.ndarray) -> None:
-    x, _, weight = ArraySource(np.ones(4), y, class_weight={0: 0.5, 2: 3}).read(at(0, 1, 2, 3))
+    _, _, weight = ArraySource(np.ones(4), y, class_weight={0: 0.5, 2: 3}).read(at(0, 1, 2, 3))
     assert weight.tolist() == [0.5, 1, 3, 1] and weight.dtype == np.float32
 
 
@@ -219,7 +219,7 @@ def test_an_npz_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "single.npy", np.ones(2))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "names.npz").read_bytes()[:50])
     (tmp_path / "text.npz").write_text("x,y\n1,2\n")
-    with pytest.raises(DataError, match=r"must hold an array 'x'; it holds \['a'\]"):
+    with pytest.raises(DataError, match=r"must be an .npz file with an array 'x'; it holds \['a'\]"):
         dtrain.data.npz(tmp_path / "names.npz")
     for name in ("pickled.npz", "single.npy", "cut.npz", "text.npz", "missing.npz"):
         with pytest.raises(DataError, match=name):

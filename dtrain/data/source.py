@@ -116,14 +116,14 @@ def npz(path: str | PathLike[str], *, float_dtype: str | None = None) -> ArraySo
             "numpy.savez(path, x=x, y=y), without object arrays"
         ) from error
     if "x" not in found:
-        raise DataError(f"path={fspath(path)!r} must hold an array 'x'; it holds {sorted(found)}")
+        raise DataError(f"path={fspath(path)!r} must be an .npz file with an array 'x'; it holds {sorted(found)}")
     return ArraySource(found["x"], found.get("y"), found.get("sample_weight"), float_dtype=float_dtype)
 
 
 def _read_npz(path: str) -> dict[str, Array]:
     file = np.load(path, allow_pickle=False)
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise ValueError("it holds a single array without a name")
+    if isinstance(file, np.ndarray):
+        return {}  # an .npy file: its one array has no name
     with file:
         return dict(file)
 

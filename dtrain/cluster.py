@@ -1,0 +1,129 @@
+"""Owns the connection to Ray: a local one by default, an existing cluster by address; what it has, and the object store."""
+
+import contextlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from dtrain.errors import ConfigError
+
+NAMESPACE = "dtrain"
+
+
+def check_address(address: str | None) -> str | None:
+    """The address to connect to; None: a local Ray.
+
+    Raises:
+        ConfigError: it is a ray:// address.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address and address.startswith("ray://"):
+        raise ConfigError(
+            f"address={address!r}: through Ray Client the workers could not reach this process; run the script on the"
+            " cluster (ray job submit --address http://HEAD:8265 -- python script.py), or give the address HEAD:6379"
+            " on a machine of the cluster"
+        )
+    return None if address == "local" else address
+
+
+def connect(address: str | None) -> bool:
+    """Connect to Ray unless this process is connected already.
+
+    Workers' output stays in Ray's logs: what the user is to see travels with the progress.
+
+    Returns:
+        Whether this call connected, so that `disconnect` is the caller's to call.
+
+    Raises:
+        ConfigError: there is no cluster at `address`.
+    """
+    if ray.is_initialized():
+        return False
+    try:
+        ray.init(
+            address=address or "local",
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            configure_logging=False,
+        )
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(
+            f"address={address!r}: no Ray cluster answers there ({error}); start one with 'ray start --head', or leave"
+            " address and RAY_ADDRESS unset for a local Ray"
+        ) from error
+    return True
+
+
+def disconnect() -> None:
+    """End the connection that `connect` made; a local Ray ends with it."""
+    ray.shutdown()
+
+
+def address() -> str | None:
+    """The address of the cluster that this process is connected to."""
+    return str(ray.get_runtime_context().gcs_address) if ray.is_initialized() else None
+
+
+def add_job_metadata(metadata: Mapping[str, str]) -> None:
+    """Add to what Ray's dashboard and job list show of this job; a job that Ray did not submit has no such entry."""
+    with contextlib.suppress(Exception):  # shown where it can be, never worth a training run
+        from ray.dashboard.modules.job.common import JobInfoStorageClient
+
+        job_id = os.environ.get("RAY_JOB_SUBMISSION_ID") or ""
+        if job_id:
+            import asyncio
+            from dataclasses import replace
+
+            client = JobInfoStorageClient(ray._private.worker.global_worker.gcs_client)
+            info = asyncio.run(client.get_info(job_id))
+            merged = {**(info.metadata or {}), **metadata}
+            asyncio.run(client.put_info(job_id, replace(info, metadata=merged)))
+
+
+def check_resources(num_workers: int, per_worker: Mapping[str, float]) -> None:
+    """Refuse what the cluster could never give, whoever else uses it.
+
+    Raises:
+        ConfigError: with a table of what is asked for and what there is.
+    """
+    asked = {name: num_workers * amount for name, amount in per_worker.items()}
+    total = ray.cluster_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fits = sum(_workers_that_fit(node, per_worker) for node in nodes)
+    if fits >= num_workers:
+        return
+    rows = [f"  {name:<12} asked {amount:g}, the cluster has {total.get(name, 0):g}" for name, amount in asked.items()]
+    raise ConfigError(
+        f"num_workers={num_workers} does not fit: with {_pairs(per_worker)} each, this cluster of {len(nodes)} node(s)"
+        f" has room for {fits}\n" + "\n".join(rows) + f"\nuse num_workers={max(fits, 1)}, smaller resources_per_worker"
+        ' (such as {"CPU": 0.5}), or a larger cluster'
+    )
+
+
+def who_is_using() -> str:
+    """One line on the actors that hold the cluster's resources, for a message while waiting."""
+    from ray.util.state import list_actors
+
+    with contextlib.suppress(Exception):
+        alive = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
+        names = Counter((actor.name or actor.class_name).split(":rank")[0] for actor in alive)
+        return ", ".join(f"{name} ({count} actors)" for name, count in names.most_common(3)) or "others"
+    return "others"
+
+
+def put(value: Any) -> Any:
+    """Put a value into the object store once, for all workers to read in place."""
+    return ray.put(value)
+
+
+def _workers_that_fit(node: Mapping[str, float], per_worker: Mapping[str, float]) -> int:
+    return min((int(node.get(name, 0.0) / amount + 1e-9) for name, amount in per_worker.items() if amount), default=1)
+
+
+def _pairs(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}={amount:g}" for name, amount in resources.items())

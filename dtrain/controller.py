@@ -1,0 +1,185 @@
+"""Owns a fit from the driver's side: sends segments, feeds tracking and progress, commits checkpoints.
+
+The only committer and the only one who talks to the tracker. It touches no terminal and no signal itself; what it
+needs comes in through the constructor.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from dtrain.checkpoint import Checkpoint, CheckpointStore, Manifest
+from dtrain.config import CheckpointConfig
+from dtrain.data.sampler import Sampler
+from dtrain.policy import checkpoint_is_due, is_better, next_segment_steps
+from dtrain.tracking import Tracker
+from dtrain.types import BatchPlan, EpochEnd, FitPlan, Logs, Position, Segment, SegmentResult
+from dtrain.worker_group import WorkerGroup
+
+
+class Display(Protocol):
+    """What shows progress: `dtrain.progress.ProgressBar`, or nothing."""
+
+    def begin_epoch(self, epoch: int) -> None: ...
+
+    def update(self, step: int, logs: Logs, samples_per_second: float | None = None) -> None: ...
+
+    def end_epoch(self, epoch: int, logs: Logs, seconds: float | None = None) -> None: ...
+
+    def status(self, message: str) -> None: ...
+
+    def print(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How checkpoints of a fit are made."""
+
+    store: CheckpointStore
+    config: CheckpointConfig
+    manifest: Manifest
+    """What all of them have in common; step, position, files and metrics are filled in."""
+
+
+@dataclass
+class FitRecord:
+    """What a fit has come to so far."""
+
+    steps: int = 0
+    rows: int = 0
+    position: Position = Position(0, 0)
+    history: dict[str, list[float]] = field(default_factory=dict)
+    epochs: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    callback_states: list[dict[str, Any]] = field(default_factory=list)
+    checkpoint: Checkpoint | None = None
+    best: tuple[float, Checkpoint] | None = None
+
+
+class Controller:
+    """Runs fits on a group of workers."""
+
+    def __init__(
+        self, group: WorkerGroup, tracker: Tracker, display: Display, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._group = group
+        self._tracker = tracker
+        self._display = display
+        self._clock = clock
+        self._rate: float | None = None
+
+    def fit(
+        self, plan: FitPlan, train: Any, validation: Any, callbacks: Any, saving: Saving | None, record: FitRecord
+    ) -> None:
+        """Train until the plan's epochs are done or a callback stops it; `record` is filled as it goes.
+
+        Args:
+            plan: what to train.
+            train: reference to the data source.
+            validation: reference to the validation source, or None.
+            callbacks: reference to the user's callbacks.
+            saving: how to make checkpoints; None: none.
+            record: starts empty.
+        """
+        sampler = Sampler(plan.train, plan.initial_epoch)
+        record.position = Position(plan.initial_epoch, 0)
+        self._group.call("begin_fit", plan, train, validation, callbacks, watch=self._watch)
+        for epoch in range(plan.initial_epoch, plan.epochs):
+            ended = self._run_epoch(epoch, sampler, record)
+            is_last = ended.stop or epoch + 1 == plan.epochs
+            if saving is not None and ended.epoch_end and checkpoint_is_due(saving.config, epoch, is_last):
+                self._save(saving, ended.epoch_end, record)
+            if is_last:
+                break
+        finished = self._group.call("end_fit", watch=self._watch)
+        record.history, record.callback_states = finished[0]
+
+    def run_pass(self, task: str, plan: BatchPlan, source: Any, callbacks: Any) -> list[Any]:
+        """Run `evaluate` or `predict` on all workers; what each returned."""
+        self._display.begin_epoch(0)
+        results = self._group.call(task, plan, source, callbacks, watch=self._watch)
+        self._watch()
+        self._display.end_epoch(0, results[0] if task == "evaluate" else {})
+        return results
+
+    def _run_epoch(self, epoch: int, sampler: Sampler, record: FitRecord) -> SegmentResult:
+        """Send the epoch's segments, one ahead of the one that runs, and take in what comes back."""
+        num_steps = sampler.steps_in_epoch(epoch)
+        self._display.begin_epoch(epoch)
+        started = self._clock()
+        sent: list[tuple[Segment, list[Any]]] = []
+        step, previous = 0, SegmentResult(Position(epoch, 0), 0, 0, 0.0, {})
+        result = previous
+        while sent or step < num_steps:
+            # Nothing is sent ahead before anything is measured, or into the next epoch: a callback may stop there.
+            while step < num_steps and len(sent) < (2 if record.steps else 1):
+                pace = previous.seconds / previous.num_steps if previous.num_steps else None
+                segment = Segment(Position(epoch, step), next_segment_steps(pace, previous.num_steps, num_steps - step))
+                sent.append((segment, self._group.submit("run", segment)))
+                step += segment.num_steps
+            segment, calls = sent.pop(0)
+            result = self._group.wait(calls, self._watch)[0]
+            previous = result
+            self._take_in(segment, result, record)
+            if result.epoch_end or result.stop:
+                break
+        for _, calls in sent:  # sent before a callback stopped the epoch: the workers pass over it
+            self._group.wait(calls, self._watch)
+        seconds = self._clock() - started
+        if result.epoch_end:
+            self._end_epoch(result.epoch_end, seconds, record)
+        return result
+
+    def _take_in(self, segment: Segment, result: SegmentResult, record: FitRecord) -> None:
+        rate = self._rate = result.rows / result.seconds if result.seconds else None
+        record.steps += result.num_steps
+        self._tracker.log_steps(record.steps - _length(result.step_logs), result.step_logs, result.seconds)
+        record.rows += result.rows
+        record.position = result.position
+        if rate is not None:
+            pace = {"samples_per_second": rate, "step_time": result.seconds / result.num_steps}
+            if result.learning_rate is not None:
+                pace["learning_rate"] = result.learning_rate
+            self._tracker.log(record.steps - 1, pace)
+        self._display.update(segment.position.step + result.num_steps, result.logs, rate)
+
+    def _end_epoch(self, end: EpochEnd, seconds: float, record: FitRecord) -> None:
+        record.epochs.append(end.epoch)
+        record.seconds.append(seconds)
+        self._tracker.log(record.steps - 1, {**end.logs, "epoch": end.epoch + 1, "epoch_seconds": seconds})
+        self._display.end_epoch(end.epoch, end.logs, seconds)
+
+    def _save(self, saving: Saving, end: EpochEnd, record: FitRecord) -> None:
+        """Rank 0 writes the files, and the manifest that makes a checkpoint of them is written here."""
+        staging = saving.store.stage(record.steps)
+        try:
+            files = self._group.call("write_checkpoint", staging, watch=self._watch)[0]
+            manifest = replace(
+                saving.manifest, step=record.steps, position=record.position, files=files, metrics=end.logs
+            )
+            record.checkpoint = saving.store.commit(staging, manifest)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                saving.store.discard(staging)
+            raise
+        if is_better(saving.config, end.logs, record.best[0] if record.best else None):
+            record.best = end.logs[saving.config.monitor or ""], record.checkpoint
+        saving.store.prune(saving.config.keep, record.best[1] if record.best else None)
+
+    def _watch(self) -> None:
+        for line in self._poll():
+            self._display.print(line)
+
+    def _poll(self) -> Iterator[str]:
+        progress = self._group.progress()
+        if progress is None:
+            return
+        if progress.step and progress.phase != "idle":
+            self._display.update(progress.step, progress.logs, self._rate)
+        yield from progress.printed
+
+
+def _length(series: Mapping[str, Any]) -> int:
+    return max((len(values) for values in series.values()), default=0)

@@ -1,0 +1,83 @@
+"""Owns what is put on record of a run before its first step: parameters, tags, data sets. Plain values only.
+
+Only what is listed here is recorded: never the environment, never what a function closes over.
+"""
+
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from dtrain.data.source import DataSource, describe
+from dtrain.tracking import DatasetDescription, RunDescription, environment_tags
+from dtrain.types import FitPlan
+
+if TYPE_CHECKING:
+    from dtrain.model import ModelDescription
+
+RECORDED_VERSIONS = ("dtrain", "tensorflow", "keras", "horovod", "ray", "mlflow", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """The versions that a run depends on."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in RECORDED_VERSIONS:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def describe_run(
+    run_name: str,
+    plan: FitPlan,
+    data: Mapping[str, DataSource | None],
+    model: "ModelDescription | None",
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
+    ray_address: str,
+) -> RunDescription:
+    """Describe a fit for the record.
+
+    Args:
+        run_name: of this fit.
+        plan: what is trained.
+        data: sources by context: "train", "validation".
+        model: as a worker described it; None if no worker got so far.
+        settings: of the Trainer.
+        config: what the user's factory is given.
+        ray_address: of the cluster.
+    """
+    params: dict[str, Any] = {
+        "batch_size": plan.train.batch_size,
+        "epochs": plan.epochs,
+        "initial_epoch": plan.initial_epoch,
+        "steps_per_epoch": plan.train.steps_per_epoch or -(-plan.train.num_rows // plan.train.batch_size),
+        "shuffle": plan.train.shuffle,
+        "train_rows": plan.train.num_rows,
+        **settings,
+        "versions": versions(),
+    }
+    if plan.validation is not None:
+        params["validation_rows"] = plan.validation.num_rows
+    if model is not None:
+        params |= {
+            "optimizer": model.optimizer,
+            "loss": model.loss,
+            "metrics": ", ".join(model.metrics),
+            "initial_learning_rate": model.learning_rate,
+            "num_parameters": model.num_parameters,
+            "num_trainable_parameters": model.num_trainable,
+        }
+    if config:
+        params["config"] = dict(config)
+    tags = environment_tags(sys.argv[0] or None) | {"ray.address": ray_address}
+    datasets = [_describe_data(context, source) for context, source in data.items() if source is not None]
+    return RunDescription(run_name, params, tags, datasets, model.summary if model is not None else "")
+
+
+def _describe_data(context: str, source: DataSource) -> DatasetDescription:
+    found = describe(source)
+    name = type(source).__name__.removesuffix("Source").lower()
+    return DatasetDescription(name, context, found.shapes, found.dtypes, found.num_rows, found.digest)

@@ -1,0 +1,176 @@
+"""Owns one fit from its folder to its last artifact: what is on record of it, whatever becomes of it."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dtrain import cluster
+from dtrain.arguments import FitArguments
+from dtrain.checkpoint import Manifest
+from dtrain.controller import Controller, FitRecord, Saving
+from dtrain.data.source import keras_batch
+from dtrain.description import describe_run, versions
+from dtrain.history import History
+from dtrain.progress import ProgressBar
+from dtrain.runs import RunFolder
+from dtrain.tracking import MLflowTracker, NullTracker, Status, Tracker
+
+if TYPE_CHECKING:
+    from dtrain.model import ModelDescription
+    from dtrain.trainer import Trainer
+
+CURVES = "training_curves.png"
+
+
+class FitRun:
+    """One fit of a Trainer.
+
+    Args:
+        trainer: whose model is trained.
+        wanted: the plan and the data.
+        verbose: as in Keras.
+        name: of the run.
+
+    Raises:
+        ConfigError: the run cannot be recorded or stored as configured; nothing was started.
+    """
+
+    def __init__(self, trainer: "Trainer", wanted: FitArguments, verbose: int | str, name: str) -> None:
+        self._trainer = trainer
+        self._wanted = wanted
+        self._verbose = verbose
+        self._name = name
+        self._record = FitRecord()
+        self._model: ModelDescription | None = None
+        train = wanted.plan.train
+        self._steps = train.steps_per_epoch or -(-train.num_rows // train.batch_size)
+        self._display = ProgressBar(verbose, wanted.plan.epochs, self._steps, trainer.num_workers)
+        self._folder: RunFolder | None = None
+        self._tracker: Tracker = NullTracker()
+        if trainer.tracking is not None or trainer.checkpoint is not None:
+            self._folder = RunFolder.create(trainer.storage_path, name)
+        if trainer.tracking is not None and self._folder is not None:
+            self._tracker = MLflowTracker(trainer.tracking, self._folder.journal_path)
+            self._tracker.check()
+
+    def train(self, callbacks: Sequence[Any]) -> History:
+        """Train, and put everything on record."""
+        wanted = self._wanted
+        with self._display, self._recorded():
+            group = self._trainer.start(wanted.train, self._display, self._name)
+            self._model = group.description
+            self._announce()
+            self._trainer.weights_change()
+            Controller(group, self._tracker, self._display).fit(
+                wanted.plan,
+                cluster.put(wanted.train),
+                cluster.put(wanted.validation),
+                cluster.put(list(callbacks)),
+                self._saving(),
+                self._record,
+            )
+            for callback, state in zip(callbacks, self._record.callback_states, strict=True):
+                vars(callback).update(state)
+            self._log_results()
+        return self._history()
+
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """End the MLflow run with the right status, and say in the folder how it went."""
+        self._write_info("running")
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._finish("KILLED", "interrupted")
+            raise
+        except BaseException as error:
+            self._finish("FAILED", str(error))
+            raise
+        self._finish("FINISHED")
+
+    def _finish(self, status: Status, error: str | None = None) -> None:
+        if status != "FINISHED" and self._model is None:
+            self._start_tracking()  # it failed before the model was known: on record all the same
+        self._display.status("finishing the record")
+        self._tracker.finish(status, error)
+        self._write_info(status.lower())
+
+    def _announce(self) -> None:
+        self._start_tracking()
+        assert self._model is not None
+        self._display.print(f"run {self._name}")
+        if self._trainer.num_workers > 1:
+            for exception in self._model.exceptions:
+                self._display.print(f"not as in one process: {exception}")
+
+    def _start_tracking(self) -> None:
+        trainer, wanted = self._trainer, self._wanted
+        model_fn = trainer.model_fn
+        settings = {
+            "world_size": trainer.num_workers,
+            "seed": trainer.seed,
+            "deterministic": trainer.deterministic,
+            "model_fn": f"{model_fn.__module__}.{getattr(model_fn, '__qualname__', type(model_fn).__name__)}",
+        }
+        data = {"train": wanted.train, "validation": wanted.validation}
+        address = cluster.address() or "local"
+        self._tracker.start(describe_run(self._name, wanted.plan, data, self._model, settings, trainer.config, address))
+
+    def _saving(self) -> Saving | None:
+        if self._trainer.checkpoint is None or self._folder is None or self._model is None:
+            return None
+        manifest = Manifest(
+            step=0,
+            position=self._record.position,
+            world_size=self._trainer.num_workers,
+            seed=self._trainer.seed,
+            model_digest=self._model.signature,
+            versions=versions(),
+        )
+        return Saving(self._folder.checkpoints, self._trainer.checkpoint, manifest)
+
+    def _log_results(self) -> None:
+        """The curves and the trained model."""
+        history = self._history()
+        if history.epoch and self._folder is not None:
+            figure = history.plot()
+            if os.path.isdir(self._folder.url):
+                figure.savefig(os.path.join(self._folder.url, CURVES))
+            self._tracker.log_figure(figure, CURVES)
+        tracking = self._trainer.tracking
+        if tracking is not None and tracking.log_model:
+            self._display.status("logging the model")
+            model = self._trainer.model
+            batch = keras_batch(self._wanted.train.read(np.arange(min(2, len(self._wanted.train)), dtype=np.int64)))
+            inputs = batch[0] if isinstance(batch, tuple) else batch
+            self._tracker.log_model(model, inputs, model.predict_on_batch(inputs))
+
+    def _history(self) -> History:
+        record = self._record
+        return History(
+            history=record.history,
+            epoch=record.epochs,
+            params={"verbose": self._verbose, "epochs": self._wanted.plan.epochs, "steps": self._steps},
+            run_id=self._tracker.run_id,
+            checkpoint=record.checkpoint.url if record.checkpoint else None,
+            run_name=self._name,
+            url=self._folder.url if self._folder is not None else None,
+            open_command=self._tracker.open_command(),
+        )
+
+    def _write_info(self, state: str) -> None:
+        if self._folder is None:
+            return
+        info = {
+            "state": state,
+            "step": self._record.steps,
+            "position": dataclasses.asdict(self._record.position),
+            "metrics": {key: values[-1] for key, values in self._record.history.items() if values},
+            "mlflow_run_id": self._tracker.run_id,
+        }
+        with contextlib.suppress(OSError):  # the list of runs is a convenience: a full disk must not end the training
+            self._folder.write_info({**self._folder.read_info(), **info})

@@ -1,0 +1,39 @@
+"""Owns what `fit` returns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class History:
+    """What a fit came to; the first three as in `keras.callbacks.History`.
+
+    Attributes:
+        history: each metric's value at the end of each epoch.
+        epoch: the epochs' numbers, from 0.
+        params: `epochs`, `steps` and `verbose`.
+        run_id: the MLflow run; None without tracking, or while MLflow cannot be reached.
+        checkpoint: URL of the last committed checkpoint, if one was made.
+        run_name: names the run in MLflow and its folder.
+        url: the run's folder.
+        open_command: what to type, or open, to look at the run in MLflow.
+    """
+
+    history: dict[str, list[float]]
+    epoch: list[int]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    run_id: str | None = None
+    checkpoint: str | None = None
+    run_name: str = ""
+    url: str | None = None
+    open_command: str | None = None
+
+    def plot(self) -> "Figure":
+        """The curves, as a matplotlib figure."""
+        from dtrain.plots import training_curves
+
+        return training_curves(self.history, self.epoch, title=self.run_name or None)

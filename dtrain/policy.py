@@ -1,0 +1,44 @@
+"""Owns decisions that need no one to be asked: pure functions of what was measured and what was asked for."""
+
+import math
+from collections.abc import Mapping
+
+from dtrain.config import CheckpointConfig
+
+SEGMENT_SECONDS = 2.0
+"""Workers are spoken to about so often: what is measured of a segment is shown, recorded and decided upon."""
+FIRST_STEPS = 1
+"""The first segment traces the step: the user sees it end as soon as can be."""
+
+
+def next_segment_steps(seconds_per_step: float | None, previous: int, remaining: int) -> int:
+    """How many steps the next segment has.
+
+    Args:
+        seconds_per_step: of the segment before; None: nothing was measured yet.
+        previous: how many steps that one had.
+        remaining: steps left in the epoch, 1 or more.
+    """
+    if seconds_per_step is None:
+        return min(FIRST_STEPS, remaining)
+    wanted = max(1, int(SEGMENT_SECONDS / max(seconds_per_step, 1e-6)))
+    # The first steps are slower than the rest; growing at most eightfold forgets a wrong measure soon enough.
+    steps = min(wanted, previous * 8)
+    return remaining if steps * 1.25 >= remaining else steps
+
+
+def checkpoint_is_due(config: CheckpointConfig, epoch: int, is_last: bool) -> bool:
+    """Whether to make a checkpoint when `epoch`, counted from 0, has ended."""
+    return is_last or (config.every_epochs is not None and (epoch + 1) % config.every_epochs == 0)
+
+
+def is_better(config: CheckpointConfig, metrics: Mapping[str, float], best: float | None) -> bool:
+    """Whether `metrics` have a better value of the monitored metric than `best`. NaN never is better."""
+    value = metrics.get(config.monitor or "")
+    if value is None or math.isnan(value):
+        return False
+    mode = config.mode
+    if mode == "auto":
+        rising = ("acc", "auc", "precision", "recall", "f1", "iou", "r2")
+        mode = "max" if any(part in (config.monitor or "").lower() for part in rising) else "min"
+    return best is None or (value > best if mode == "max" else value < best)

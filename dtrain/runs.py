@@ -1,0 +1,215 @@
+"""Owns the run folder: its name, its place, what it says of itself, and the list of runs.
+
+    <storage_path>/<run name>/run.json  checkpoints/  journal.jsonl
+
+It does not decide what a run does, and it knows neither MLflow nor the checkpoints' contents.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from dtrain.checkpoint import CheckpointStore, Folder, read_manifest
+from dtrain.errors import CheckpointError, ConfigError
+from dtrain.types import Position
+
+INFO = "run.json"
+
+_NAME_LIMIT = 200
+_PUNCTUATION = frozenset(" ._-+=@,:()")
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run as its folder tells it; what is not known is None.
+
+    Attributes:
+        state: what `run.json` says: "running", "finished" ...; "unknown" where it cannot be read.
+        step: mini-batches trained since the run began.
+        checkpoint: URL of the newest committed checkpoint.
+    """
+
+    name: str
+    url: str
+    state: str
+    step: int | None = None
+    position: Position | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    checkpoint: str | None = None
+    mlflow_run_id: str | None = None
+
+
+class RunFolder:
+    """One run's folder. Make it with `create`, or open an existing one by its URL.
+
+    Attributes:
+        url: a local path or an fsspec URL.
+        checkpoints: the run's `CheckpointStore`.
+        journal_path: where the journal is written: always a local disk, since object stores cannot append. With remote
+            storage it lies in a private folder under $XDG_STATE_HOME (~/.local/state).
+    """
+
+    def __init__(self, url: str) -> None:
+        self._folder = Folder(url)
+        self.url = self._folder.url
+        self.name = self.url.rpartition("/")[2]
+        self.checkpoints = CheckpointStore(f"{self.url}/checkpoints")
+        local = Path(self.url) if self._folder.is_local else _private_folder(self.url)
+        self.journal_path = local / "journal.jsonl"
+
+    @classmethod
+    def create(cls, storage_path: str | os.PathLike[str], name: str, exist_ok: bool = False) -> "RunFolder":
+        """Makes the folder (0700 on a local disk) and tries to write to it.
+
+        Args:
+            storage_path: a local path or an fsspec URL; it is made if it is missing.
+            name: the run's name.
+            exist_ok: the run may exist; it is gone on with.
+
+        Raises:
+            ConfigError: the name cannot be a folder's, the run exists, or the place is not writable.
+        """
+        storage = os.fspath(storage_path)
+        if not storage:
+            raise ConfigError("storage_path='' must be a folder or an fsspec URL; leave it out for ./dtrain_runs")
+        run = cls((Folder(storage) / validate_name(name)).url)
+        made = False
+        try:
+            made = run._make()
+            if not made and not exist_ok:
+                raise ConfigError(
+                    f"run_name={name!r} exists already in storage_path={storage!r}: give another run_name, or "
+                    'resume="auto" to go on with that run'
+                )
+            run._probe()
+            run.journal_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if INFO not in run._folder.entries():
+                run.write_info({"state": "created", "created": datetime.now(UTC).isoformat(timespec="seconds")})
+        except OSError as error:
+            if made:
+                with suppress(OSError):
+                    run._folder.remove()  # or the next try would say that the run exists
+            raise ConfigError(
+                f"storage_path={storage!r} is not writable ({error}): give another storage_path, or mend its rights"
+            ) from error
+        return run
+
+    def write_info(self, info: Mapping[str, Any]) -> None:
+        """Replaces `run.json`, at once and whole.
+
+        Plain JSON values. `list_runs` reads state, step, position ({"epoch": 0, "step": 0}), metrics, mlflow_run_id.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._folder.replace(INFO, json.dumps({**info, "name": self.name}, indent=1).encode())
+
+    def read_info(self) -> dict[str, Any]:
+        """What `run.json` says; nothing if it is missing or cannot be read as JSON."""
+        try:
+            info = json.loads(self._folder.read(INFO))
+        except (FileNotFoundError, ValueError, RecursionError):
+            return {}
+        return info if isinstance(info, dict) else {}
+
+    def _make(self) -> bool:
+        """Makes the folder; False if it is there already. On a local disk exactly one of many callers gets True."""
+        if not self._folder.is_local and self._folder.entries():
+            return False
+        try:
+            self._folder.make()
+        except FileExistsError:
+            if os.path.isdir(self._folder.path) and not os.path.islink(self._folder.path):
+                return False
+            raise
+        return True
+
+    def _probe(self) -> None:
+        # Writing is tried: access rights do not tell of read-only mounts, full disks and refused credentials.
+        probe = f".probe-{secrets.token_hex(4)}"
+        self._folder.write(probe, probe.encode())
+        if self._folder.read(probe) != probe.encode():
+            raise OSError("what is written does not come back")
+        self._folder.remove_file(probe)
+
+
+def list_runs(storage_path: str | os.PathLike[str]) -> list[RunSummary]:
+    """The runs in a storage path, by name. What is damaged is listed with what can be told of it.
+
+    Raises:
+        ConfigError: the storage path cannot be read.
+    """
+    storage = Folder(os.fspath(storage_path))
+    try:
+        entries = storage.entries()
+        names = sorted(name for name, entry in entries.items() if entry.kind == "directory" and _is_run(storage / name))
+    except OSError as error:
+        raise ConfigError(f"storage_path={os.fspath(storage_path)!r} cannot be read: {error}") from error
+    return [_summary(RunFolder((storage / name).url)) for name in names]
+
+
+def unique_name() -> str:
+    """A new run name: the local time and four random characters, such as 20260131-235959-k7fq."""
+    letters = "abcdefghjkmnpqrstuvwxyz23456789"
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{''.join(secrets.choice(letters) for _ in range(4))}"
+
+
+def validate_name(name: str) -> str:
+    """The name, if it can name a folder, an object and an MLflow run.
+
+    Raises:
+        ConfigError: it is empty or too long, or has characters that a path, a URL or a terminal would take for more.
+    """
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"run_name={name!r} must be text and not empty; leave it out for a unique one")
+    bad = next((character for character in name if not (character.isalnum() or character in _PUNCTUATION)), None)
+    if bad is not None:
+        allowed = "".join(sorted(_PUNCTUATION - {" "}))
+        raise ConfigError(f"run_name={name!r} has {bad!r}: it must be letters, digits, spaces and {allowed}")
+    if ".." in name or "::" in name or name[0] in ".- " or name[-1] == " ":
+        raise ConfigError(f"run_name={name!r} must not have '..' or '::', begin with '.' or '-', or have outer spaces")
+    if len(name.encode()) > _NAME_LIMIT:
+        raise ConfigError(f"run_name={name[:20]!r}... has {len(name.encode())} bytes: it must be {_NAME_LIMIT} at most")
+    return name
+
+
+def _is_run(folder: Folder) -> bool:
+    return bool({INFO, "checkpoints"} & folder.entries().keys())
+
+
+def _summary(run: RunFolder) -> RunSummary:
+    """What run.json says, and what only the newest checkpoint tells; both may be damaged."""
+    info: dict[str, Any] = {}
+    newest = manifest = None
+    with suppress(OSError):
+        info = run.read_info()
+    with suppress(CheckpointError):
+        newest = run.checkpoints.latest()
+        manifest = read_manifest(newest.url) if newest else None
+    position = info.get("position")
+    if isinstance(position, dict) and position.keys() == {"epoch", "step"}:
+        position = Position(**position)
+    else:
+        position = manifest.position if manifest else None
+    return RunSummary(
+        name=run.name,
+        url=run.url,
+        state=str(info.get("state", "unknown")),
+        step=info.get("step", manifest.step if manifest else None),
+        position=position,
+        metrics=info.get("metrics") or (manifest.metrics if manifest else {}),
+        checkpoint=newest.url if newest else None,
+        mlflow_run_id=info.get("mlflow_run_id"),
+    )
+
+
+def _private_folder(url: str) -> Path:
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return state / "dtrain" / sha256(url.encode()).hexdigest()[:16]

@@ -1,0 +1,462 @@
+"""Owns the face that users see: Keras's verbs, for many workers.
+
+Checks what it is given, starts workers when the first verb needs them, and puts the rooms below together. It decides
+nothing about training itself.
+"""
+
+import atexit
+import contextlib
+import os
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+import numpy as np
+
+from dtrain import arguments, cluster
+from dtrain.checkpoint import MODEL_FILE
+from dtrain.checkpoint import load as load_checkpoint
+from dtrain.config import CheckpointConfig, MLflowConfig
+from dtrain.controller import Controller
+from dtrain.data.source import DataSource, keras_batch
+from dtrain.doctor import quick_horovod_problem
+from dtrain.errors import ConfigError, DtrainError
+from dtrain.fit_run import FitRun
+from dtrain.history import History
+from dtrain.progress import ProgressBar
+from dtrain.runs import unique_name, validate_name
+from dtrain.tracking import NullTracker
+from dtrain.types import Array, BatchPlan, Logs, Tree, WorkerInfo, WorkerSettings
+from dtrain.worker_group import GroupSpec, WorkerGroup, check_name, threads_for
+
+if TYPE_CHECKING:
+    import keras
+
+    from dtrain.model import State
+
+Config = TypeVar("Config")
+
+
+class Trainer:
+    """Trains a compiled Keras model on many workers as if they were one.
+
+    Args:
+        model_fn: makes and compiles the model: `() -> keras.Model`, or with `config` given, `(config) -> keras.Model`.
+            It is called on every worker.
+        num_workers: how many workers hold a replica each.
+        use_gpu: one GPU for each worker.
+        resources_per_worker: Ray's resources of each; default {"CPU": 1}. Custom resources too.
+        threads_per_worker: TensorFlow threads of each; None: the node's cores shared among its workers.
+        placement_strategy: Ray's: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD.
+        runtime_env: Ray's runtime environment for the workers.
+        address: of a Ray cluster; default: RAY_ADDRESS, else a local Ray.
+        config: handed to `model_fn`, and logged as parameters.
+        seed: of weights, shuffling and random layers.
+        deterministic: the same run gives the same bits; None: yes on CPU, no on GPU.
+        run_name: names the MLflow run and the folder under `storage_path`; None: a unique one, which is printed.
+        storage_path: folder or fsspec URL of the runs; default ./dtrain_runs.
+        checkpoint: True: after every epoch, the newest 3 kept; False: none; or a `dtrain.CheckpointConfig`.
+        tracking: True: MLflow with its defaults; False: none; or a `dtrain.MLflowConfig`.
+
+    Raises:
+        ConfigError: an argument is wrong. Nothing was started.
+
+    Example:
+        >>> with dtrain.Trainer(make_model, num_workers=4) as trainer:
+        ...     history = trainer.fit(x, y, batch_size=64, epochs=5)
+        ...     trainer.evaluate(x_test, y_test)
+
+    Workers start at the first verb and stop at `shutdown`, at the end of `with`, or at exit.
+    """
+
+    def __init__(
+        self,
+        model_fn: "Callable[..., keras.Model]",
+        *,
+        num_workers: int = 1,
+        use_gpu: bool = False,
+        resources_per_worker: Mapping[str, float] | None = None,
+        threads_per_worker: int | None = None,
+        placement_strategy: str = "PACK",
+        runtime_env: Mapping[str, Any] | None = None,
+        address: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        deterministic: bool | None = None,
+        run_name: str | None = None,
+        storage_path: str | os.PathLike[str] | None = None,
+        checkpoint: bool | CheckpointConfig = True,
+        tracking: bool | MLflowConfig = True,
+    ) -> None:
+        arguments.check_platform()
+        arguments.check_model_fn(model_fn, config)
+        self.num_workers, self._resources = arguments.check_resources(
+            num_workers, use_gpu, resources_per_worker, placement_strategy
+        )
+        if threads_per_worker is not None:
+            arguments.whole_number("threads_per_worker", threads_per_worker, 1)
+        problem = quick_horovod_problem(gpu=use_gpu) if self.num_workers > 1 else None
+        if problem:
+            raise ConfigError(problem)
+        self._address = cluster.check_address(address)
+        self.seed = arguments.whole_number("seed", seed, 0)
+        self.run_name = validate_name(run_name) if run_name is not None else None
+        self.storage_path = os.fspath(storage_path) if storage_path is not None else "dtrain_runs"
+        self.checkpoint = _config("checkpoint", checkpoint, CheckpointConfig)
+        self.tracking = _config("tracking", tracking, MLflowConfig)
+        self.model_fn, self.config = model_fn, config
+        self.deterministic = not use_gpu if deterministic is None else deterministic
+        self._use_gpu = use_gpu
+        self._threads = threads_per_worker
+        self._strategy = placement_strategy
+        self._runtime_env = dict(runtime_env or {})
+        self._group: WorkerGroup | None = None
+        self._owns_ray = False
+        self._num_fits = 0
+        self._example: Tree = None  # the first row of the data: what models are built from
+        self._model: keras.Model | None = None
+        self._model_is_current = True  # or the workers have trained on since it was read
+        self._pending: State | None = None  # what the workers get as soon as there are any
+        _shut_down_at_exit(self)
+
+    # --- Keras's verbs
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Tree = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: int | str = "auto",
+        callbacks: Any = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool | str = True,
+        class_weight: Mapping[int, float] | None = None,
+        sample_weight: Tree = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: int | Sequence[int] = 1,
+    ) -> History:
+        """Train. Every argument means what it means in `keras.Model.fit`.
+
+        `batch_size` is the mini-batch of the whole job, whatever the number of workers. `x` is an array, a nested dict
+        or list of arrays, or a `dtrain.data` source. Each fit is one MLflow run; the weights go on from the last.
+
+        Returns:
+            The history, and where the run is recorded.
+
+        Raises:
+            ConfigError, DataError: what was passed is wrong; no worker was started.
+            WorkerError: a worker raised or died; carries its rank, host and traceback.
+        """
+        wanted = arguments.fit_arguments(
+            x,
+            y,
+            batch_size=batch_size,
+            epochs=epochs,
+            initial_epoch=initial_epoch,
+            validation_split=validation_split,
+            validation_data=validation_data,
+            shuffle=shuffle,
+            class_weight=class_weight,
+            sample_weight=sample_weight,
+            steps_per_epoch=steps_per_epoch,
+            validation_steps=validation_steps,
+            validation_batch_size=validation_batch_size,
+            validation_freq=validation_freq,
+            seed=(self.seed, self._num_fits),
+            record_steps=self.tracking is not None,
+        )
+        hooks = arguments.callback_list(callbacks)
+        run = FitRun(self, wanted, verbose, self._name_of_next_fit())
+        self._num_fits += 1
+        return run.train(hooks)
+
+    def evaluate(
+        self,
+        x: Any = None,
+        y: Tree = None,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+        sample_weight: Tree = None,
+        steps: int | None = None,
+        callbacks: Any = None,
+        return_dict: bool = False,
+    ) -> Any:
+        """The loss and metrics of the whole data set, exact over all workers; as in `keras.Model.evaluate`."""
+        source = arguments.source_of(x, y, sample_weight)
+        plan = arguments.batch_plan(source, batch_size, steps, "steps")
+        logs: Logs = self._run_pass("evaluate", plan, source, callbacks, verbose)[0]
+        return logs if return_dict else _flat_logs(logs)
+
+    def predict(
+        self,
+        x: Any,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> Any:
+        """Predictions for all rows, in their order; as in `keras.Model.predict`."""
+        source = arguments.source_of(x)
+        plan = arguments.batch_plan(source, batch_size, steps, "steps")
+        parts = self._run_pass("predict", plan, source, callbacks, verbose)
+        return _concatenate([part for part in parts if part is not None])
+
+    def train_on_batch(
+        self,
+        x: Any,
+        y: Tree = None,
+        sample_weight: Tree = None,
+        class_weight: Mapping[int, float] | None = None,
+        return_dict: bool = False,
+    ) -> Any:
+        """One update on one mini-batch, split over the workers; as in `keras.Model.train_on_batch`."""
+        logs = self._on_batch("train", arguments.source_of(x, y, sample_weight, class_weight))
+        self._model_is_current = False
+        return logs if return_dict else _flat_logs(logs)
+
+    def test_on_batch(self, x: Any, y: Tree = None, sample_weight: Tree = None, return_dict: bool = False) -> Any:
+        """The loss and metrics of one mini-batch, split over the workers; as in `keras.Model.test_on_batch`."""
+        logs = self._on_batch("test", arguments.source_of(x, y, sample_weight))
+        return logs if return_dict else _flat_logs(logs)
+
+    def predict_on_batch(self, x: Any) -> Any:
+        """Predictions for one mini-batch, split over the workers; as in `keras.Model.predict_on_batch`."""
+        source = arguments.source_of(x)
+        return self.predict(source, batch_size=len(source), verbose=0)
+
+    # --- the model
+
+    @property
+    def model(self) -> "keras.Model":
+        """A local keras.Model with the weights as they are now; built when first asked for, on the CPU."""
+        from dtrain.model import build_variables, make_model, write_state
+
+        if self._model is None:
+            _hide_gpus()
+            self._model = make_model(self.model_fn, self.config)
+        if self._example is not None:
+            build_variables(self._model, keras_batch(self._example))
+        state = self._pending
+        if state is None and not self._model_is_current and self._group is not None:
+            state = self._group.call("read_state")[0]
+        if state is not None and self._model.built:
+            write_state(self._model, _without_random(state))
+            self._model_is_current = True
+        return self._model
+
+    def get_weights(self) -> list[Array]:
+        """As `keras.Model.get_weights`."""
+        weights: list[Array] = self.model.get_weights()
+        return weights
+
+    def set_weights(self, weights: Sequence[Array]) -> None:
+        """As `keras.Model.set_weights`, on all workers."""
+        self.model.set_weights(weights)
+        self._send_model()
+
+    def load_weights(self, path: str | os.PathLike[str]) -> None:
+        """As `keras.Model.load_weights`, on all workers."""
+        self.model.load_weights(path)
+        self._send_model()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """As `keras.Model.save`: the file is plain Keras and knows nothing of dtrain."""
+        self.model.save(path)
+
+    def summary(self) -> None:
+        """As `keras.Model.summary`."""
+        self.model.summary()
+
+    def restore(self, url: str | os.PathLike[str]) -> None:
+        """Take over the weights and the optimizer of a checkpoint; it is verified before any of them is touched.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or of another model.
+        """
+        loaded = load_checkpoint(os.fspath(url))
+        self._send(dict(sorted(loaded.tensors[MODEL_FILE].items())))
+
+    # --- workers
+
+    @property
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        """Where the ranks run; empty while none do."""
+        return self._group.workers if self._group is not None else ()
+
+    def shutdown(self, keep_weights: bool = True) -> None:
+        """Stop the workers. The weights are kept unless told otherwise; the next verb starts workers again."""
+        if self._group is not None:
+            with contextlib.suppress(DtrainError):  # a group that failed has nothing to give
+                if keep_weights and not self._model_is_current and self._pending is None:
+                    self._pending = self._group.call("read_state")[0]
+            self._group.close()
+            self._group = None
+        if self._owns_ray:
+            cluster.disconnect()
+            self._owns_ray = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def start(
+        self, source: DataSource, display: ProgressBar, run_name: str | None = None, with_loss: bool = True
+    ) -> WorkerGroup:
+        """The group of workers, with the model built from `source`; its processes start now unless they run."""
+        if self._group is None or self._group.closed:
+            self._owns_ray |= cluster.connect(self._address)
+            cluster.check_resources(self.num_workers, self._resources)
+            self._group = self._new_group(run_name or self.run_name or unique_name(), display)
+        group = self._group
+        first = source.read(np.zeros(1, np.int64))
+        if self._example is None or len(first) > len(self._example):
+            self._example = first
+        if group.description is None or (with_loss and not group.has_loss):
+            display.status("building the model")
+            group.description, group.has_loss = group.call("build", first, with_loss)[0], with_loss
+        self._send_pending()
+        return group
+
+    def _new_group(self, run_name: str, display: ProgressBar) -> WorkerGroup:
+        check_name(run_name)
+        spec = GroupSpec(
+            run_name=run_name,
+            num_workers=self.num_workers,
+            resources=self._resources,
+            strategy=self._strategy,
+            settings=lambda cpus, workers_on_node: self._settings(run_name, cpus, workers_on_node),
+            runtime_env=self._runtime_env,
+        )
+        group = WorkerGroup(spec)
+        group.start(display.status)
+        group.call("make_model", self.model_fn, self.config)
+        return group
+
+    def _settings(self, run_name: str, cpus: float, workers_on_node: int) -> WorkerSettings:
+        intra, inter = threads_for(cpus, workers_on_node)
+        return WorkerSettings(
+            run_name=run_name,
+            seed=self.seed,
+            deterministic=self.deterministic,
+            use_gpu=self._use_gpu,
+            intra_threads=self._threads or intra,
+            inter_threads=inter,
+            keras=_keras_settings(),
+        )
+
+    def _name_of_next_fit(self) -> str:
+        if self.run_name is None:
+            return unique_name()
+        return self.run_name if self._num_fits == 0 else f"{self.run_name}-{self._num_fits + 1}"
+
+    def weights_change(self) -> None:
+        """The workers are about to train: the local model is no longer current."""
+        self._model_is_current = False
+
+    def _send_model(self) -> None:
+        """Give the workers the local model's weights, now or when they start."""
+        from dtrain.model import read_state
+
+        self._send(_without_random(read_state(self.model)))
+
+    def _send(self, state: "State") -> None:
+        self._pending, self._model_is_current = state, False
+        self._send_pending()
+
+    def _send_pending(self) -> None:
+        if self._pending is not None and self._group is not None and not self._group.closed:
+            self._group.call("write_state", cluster.put(self._pending))
+            self._pending = None
+
+    def _run_pass(
+        self,
+        task: Literal["evaluate", "predict"],
+        plan: BatchPlan,
+        source: DataSource,
+        callbacks: Any,
+        verbose: int | str,
+    ) -> list[Any]:
+        """Run `evaluate` or `predict` on all workers; what each returned."""
+        hooks = arguments.callback_list(callbacks)
+        steps = plan.steps_per_epoch or -(-plan.num_rows // plan.batch_size)
+        with ProgressBar(verbose, 1, steps, self.num_workers, task=task) as display:
+            group = self.start(source, display, with_loss=task == "evaluate")
+            controller = Controller(group, NullTracker(), display)
+            return controller.run_pass(task, plan, cluster.put(source), cluster.put(hooks))
+
+    def _on_batch(self, kind: str, source: DataSource) -> Logs:
+        with ProgressBar(0) as display:
+            group = self.start(source, display)
+        logs: Logs = group.call("on_batch", kind, cluster.put(source))[0]
+        return logs
+
+
+def _config(name: str, value: Any, kind: type[Config]) -> Config | None:
+    """What True, False or a configuration object stand for."""
+    if isinstance(value, bool):
+        return kind() if value else None
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name}={value!r} must be True, False or a dtrain.{kind.__name__}")
+    return value
+
+
+def _flat_logs(logs: Logs) -> Any:
+    """Keras's form of logs where no dict is asked for: the loss alone, or a list."""
+    values = list(logs.values())
+    return values[0] if len(values) == 1 else values
+
+
+def _concatenate(parts: Sequence[Tree]) -> Tree:
+    """Join the ranks' outputs, arrays or nested dicts, lists and tuples of arrays, along their rows."""
+    first = parts[0]
+    if isinstance(first, Mapping):
+        return {key: _concatenate([part[key] for part in parts]) for key in first}
+    if isinstance(first, (list, tuple)):
+        return type(first)(_concatenate([part[i] for part in parts]) for i in range(len(first)))
+    return np.concatenate(parts)
+
+
+def _without_random(state: "State") -> "State":
+    """A state without the process's own random numbers, which are not the model's."""
+    return {name: value for name, value in state.items() if not name.startswith("random/")}
+
+
+def _keras_settings() -> dict[str, Any]:
+    """What this process has set in Keras; nothing where it is not imported."""
+    keras = sys.modules.get("keras")
+    if keras is None or not hasattr(keras, "config"):
+        return {}
+    return {
+        "floatx": keras.config.floatx(),
+        "epsilon": keras.config.epsilon(),
+        "image_data_format": keras.config.image_data_format(),
+        "dtype_policy": keras.config.dtype_policy().name,
+    }
+
+
+def _hide_gpus() -> None:
+    """Keep the driver's model off the GPUs, which are the workers'."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    with contextlib.suppress(RuntimeError):  # the user's own code has initialised them already
+        tf.config.set_visible_devices([], "GPU")
+
+
+def _shut_down_at_exit(trainer: Trainer) -> None:
+    reference = weakref.ref(trainer)
+
+    def shut_down() -> None:
+        alive = reference()
+        if alive is not None:
+            alive.shutdown(keep_weights=False)
+
+    atexit.register(shut_down)

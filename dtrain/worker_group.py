@@ -1,0 +1,252 @@
+"""Owns the workers as a group: placement, start, calling all, noticing that one is gone, and leaving nothing behind.
+
+Every wait watches the workers: a dead one ends it within moments, never a hang. What a worker raised comes back as a
+value (worker.py); here it becomes one error that names the culprit and folds what it caused on the others.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from dtrain.cluster import NAMESPACE, who_is_using
+from dtrain.errors import ConfigError, WorkerError
+from dtrain.rendezvous import RendezvousServer, assign
+from dtrain.types import Failure, Progress, WorkerInfo, WorkerSettings
+from dtrain.worker import Worker
+
+if TYPE_CHECKING:
+    from dtrain.model import ModelDescription
+
+log = logging.getLogger("dtrain")
+
+POLL_SECONDS = 0.1
+"""How often a wait looks at progress."""
+BLAME_SECONDS = 3.0
+"""After a first failure, how long the others have to say what happened to them."""
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """What a group of workers is made of.
+
+    Attributes:
+        run_name: names the actors: `dtrain:<run>:rank<k>`.
+        num_workers: how many.
+        resources: Ray's resources of each.
+        strategy: Ray's placement strategy.
+        runtime_env: Ray's runtime environment.
+        settings: for a worker on a node with so many CPUs and so many workers.
+    """
+
+    run_name: str
+    num_workers: int
+    resources: Mapping[str, float]
+    strategy: str
+    settings: Callable[[float, int], WorkerSettings]
+    runtime_env: Mapping[str, Any] = field(default_factory=dict)
+
+
+class WorkerGroup:
+    """The workers of one Trainer, from `start` to `close`."""
+
+    def __init__(self, spec: GroupSpec) -> None:
+        self.spec = spec
+        self.workers: tuple[WorkerInfo, ...] = ()
+        self.description: ModelDescription | None = None
+        """The model that the workers hold, once it is built."""
+        self.has_loss = False
+        """Whether it is built to train and evaluate, rather than to predict alone."""
+        self._actors: list[Any] = []
+        self._placement: PlacementGroup | None = None
+        self._rendezvous: RendezvousServer | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has no workers: not started, closed, or closed by a failure."""
+        return not self._actors
+
+    def start(self, status: Callable[[str], None] = lambda _: None) -> None:
+        """Reserve room, start the processes and form the group. A failure leaves nothing behind."""
+        try:
+            self._reserve(status)
+            status(f"starting {self.spec.num_workers} worker{'s' * (self.spec.num_workers > 1)}")
+            self._actors = [self._spawn(rank) for rank in range(self.spec.num_workers)]
+            self.workers = tuple(self.call("where"))
+            self._set_up()
+            self._form()
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, method: str, *args: Any, watch: Callable[[], None] = lambda: None) -> list[Any]:
+        """Call a method on every worker and wait for all.
+
+        Args:
+            method: of `Worker`.
+            *args: large ones as object references (`dtrain.cluster.put`).
+            watch: called a few times a second while waiting.
+
+        Returns:
+            What each rank returned, in rank order.
+
+        Raises:
+            WorkerError: a worker died or raised. The group is closed by then.
+            DtrainError: a worker raised one of dtrain's own.
+        """
+        return self.wait(self.submit(method, *args), watch)
+
+    def submit(self, method: str, *args: Any) -> list[Any]:
+        """Send a call to every worker without waiting; they run calls in the order they were sent."""
+        return [getattr(actor, method).remote(*args) for actor in self._actors]
+
+    def wait(self, calls: Sequence[Any], watch: Callable[[], None] = lambda: None) -> list[Any]:
+        """Wait for what `submit` returned; see `call`."""
+        results: dict[int, Any] = {}
+        failures: dict[int, Failure] = {}
+        pending = {call: rank for rank, call in enumerate(calls)}
+        deadline: float | None = None
+        while pending and (deadline is None or time.monotonic() < deadline):
+            ready, _ = ray.wait(
+                list(pending), num_returns=len(pending) if deadline is None else 1, timeout=POLL_SECONDS
+            )
+            for call in ready:
+                rank = pending.pop(call)
+                result = _outcome(call)
+                (failures if isinstance(result, Failure) else results)[rank] = result
+            if failures and deadline is None:
+                deadline = time.monotonic() + BLAME_SECONDS
+            if failures and any(not failure.lost_peer for failure in failures.values()):
+                break  # the culprit is known; the others are stuck waiting for it
+            watch()
+        if failures:
+            error = self._error_from(failures)
+            self.close()
+            raise error
+        return [results[rank] for rank in range(len(calls))]
+
+    def progress(self, rank: int = 0) -> Progress | None:
+        """How far a worker is; None if it does not say so at once."""
+        with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):
+            call = self._actors[rank].progress.options(concurrency_group="watch").remote()
+            progress: Progress = ray.get(call, timeout=1.0)
+            return progress
+        return None
+
+    def close(self) -> None:
+        """End all processes and give back their room. May be called again, and in any state."""
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+        self._actors = []
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+            self._placement = None
+        if self._rendezvous is not None:
+            self._rendezvous.close()
+            self._rendezvous = None
+
+    def _reserve(self, status: Callable[[str], None]) -> None:
+        bundles = [dict(self.spec.resources)] * self.spec.num_workers
+        name = f"dtrain:{self.spec.run_name}"
+        self._placement = placement_group(bundles, self.spec.strategy, name=name)
+        started = time.monotonic()
+        while not self._placement.wait(timeout_seconds=2):
+            waited = time.monotonic() - started
+            status(f"waiting {waited:.0f} s for {self.spec.num_workers} workers' room, held by {who_is_using()}")
+
+    def _spawn(self, rank: int) -> Any:
+        strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
+        resources = dict(self.spec.resources)
+        actor_class = ray.remote(concurrency_groups={"watch": 1}, max_restarts=0)(Worker).options(
+            name=f"dtrain:{self.spec.run_name}:rank{rank}",
+            namespace=NAMESPACE,
+            num_cpus=resources.pop("CPU", 0),
+            num_gpus=resources.pop("GPU", 0),
+            resources=resources or None,
+            scheduling_strategy=strategy,
+            runtime_env=dict(self.spec.runtime_env) or None,
+        )
+        return actor_class.remote(self.spec.run_name, rank)
+
+    def _set_up(self) -> None:
+        cpus = {node["NodeID"]: node["Resources"].get("CPU", 1.0) for node in ray.nodes()}
+        nodes = [worker.node_id for worker in self.workers]
+        calls = [
+            actor.setup.remote(self.spec.settings(cpus.get(node, 1.0), nodes.count(node)))
+            for actor, node in zip(self._actors, nodes, strict=True)
+        ]
+        self.wait(calls)
+
+    def _form(self) -> None:
+        """Make the ranks one group. On one machine it meets and talks on loopback only."""
+        nodes = [worker.node_id for worker in self.workers]
+        here = ray.get_runtime_context().get_node_id()
+        on_one_node = len(set(nodes)) == 1
+        host = "127.0.0.1" if set(nodes) == {here} else ray.util.get_node_ip_address()
+        self._rendezvous = RendezvousServer(host)
+        scope = self._rendezvous.new_scope()
+        interface = "lo" if on_one_node else None
+        calls = [
+            actor.join.remote(membership, scope.address, interface)
+            for actor, membership in zip(self._actors, assign(nodes, 0), strict=True)
+        ]
+        self.wait(calls)
+
+    def _error_from(self, failures: Mapping[int, Failure]) -> Exception:
+        """One error for all that was reported: of a worker that is to blame, the lowest rank's."""
+        rank = min(failures, key=lambda rank: (failures[rank].lost_peer, rank))
+        failure = failures[rank]
+        if failure.cause is not None:
+            return failure.cause
+        host = self.workers[rank].host if self.workers else None
+        others = sorted(set(range(self.spec.num_workers)) - {rank})
+        stopped = f"; ranks {', '.join(map(str, others))} were stopped" if others else ""
+        where = f"rank {rank} on {host or 'an unknown host'}"
+        message = f"{where}: {failure.error}{stopped}"
+        return WorkerError(message, rank, host, failure.traceback)
+
+
+def _outcome(call: Any) -> Any:
+    try:
+        return ray.get(call, timeout=60)
+    except (ActorDiedError, RayActorError, WorkerCrashedError) as error:
+        return Failure(error=_why_it_died(error), traceback="")
+    except RayTaskError as error:
+        return Failure(error=str(error.cause), traceback=error.traceback_str)
+
+
+def _why_it_died(error: Exception) -> str:
+    text = str(error)
+    if "OOM" in text or "out of memory" in text.lower():
+        return "the process was killed for lack of memory; use a smaller batch_size, or nodes with more memory"
+    return (
+        "the process died (killed, or crashed in native code); its output is in Ray's logs,"
+        " /tmp/ray/session_latest/logs/worker-*"
+    )
+
+
+def threads_for(cpus: float, workers_on_node: int) -> tuple[int, int]:
+    """Intra-op and inter-op threads of each worker on a node with so many CPUs.
+
+    One thread across operations: TensorFlow's spinning threads otherwise starve those of Horovod and Gloo, a factor of
+    3 to 5 on small steps when every core has a worker.
+    """
+    return max(1, int(cpus) // max(1, workers_on_node)), 1
+
+
+def check_name(run_name: str) -> None:
+    """Refuse a run whose workers are alive under another driver.
+
+    Raises:
+        ConfigError: naming the run.
+    """
+    with contextlib.suppress(ValueError):
+        ray.get_actor(f"dtrain:{run_name}:rank0", namespace=NAMESPACE)
+        raise ConfigError(f"run_name={run_name!r} is training on this cluster already; choose another run_name")

@@ -1,0 +1,437 @@
+"""Claims about checkpoints: whole or not there, nothing damaged is used, nothing foreign is believed."""
+
+import builtins
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dtrain import checkpoint as module
+from dtrain.checkpoint import Checkpoint, CheckpointStore, Manifest, load, read_manifest, structure_digest
+from dtrain.errors import CheckpointError, ConfigError
+from dtrain.types import Array, Position
+
+DTYPES = [
+    *("float64", "float32", "float16", ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, "complex64"),
+    *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool"),
+]
+
+
+def manifest(step: int, **fields: Any) -> Manifest:
+    return Manifest(**{"step": step, "position": Position(1, 3), "world_size": 2, "seed": 7, **fields})
+
+
+def commit(store: CheckpointStore, step: int, size: int = 3000) -> Checkpoint:
+    staging = store.stage(step)
+    files = (
+        staging.write_tensors(
+            "model.safetensors", {"w": np.full(size, step, np.float32), "iterations": np.array(step)}
+        ),
+        staging.write_json("state.json", {"step": step, "history": [0.5] * 20}),
+    )
+    return store.commit(staging, manifest(step, files=files, metrics={"loss": np.float32(0.5)}))
+
+
+def step_of(loaded: module.LoadedCheckpoint) -> int:
+    """The step that all parts agree on."""
+    steps = {loaded.manifest.step, loaded.state["state.json"]["step"], int(loaded.tensors["model.safetensors"]["w"][0])}
+    (step,) = steps
+    return int(step)
+
+
+def folder_of(checkpoint: Checkpoint) -> Path:
+    return Path(checkpoint.url)
+
+
+@pytest.fixture(params=["local", "file", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CheckpointStore]:
+    prefix = {"local": str(tmp_path), "file": tmp_path.as_uri(), "memory": f"memory://{uuid.uuid4().hex}"}[
+        request.param
+    ]
+    yield CheckpointStore(f"{prefix}/run 1/checkpoints")
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(str(tmp_path / "checkpoints"))
+
+
+def test_what_is_committed_is_loaded(store: CheckpointStore) -> None:
+    assert store.list() == () and store.latest() is None and store.latest_valid() == (None, ())
+    committed = commit(store, 120)
+    assert committed.url == f"{store.url}/step-000000120"
+    assert store.latest() == committed
+    loaded = store.load(committed)
+    assert step_of(loaded) == 120 and loaded.checkpoint == committed == load(committed.url).checkpoint
+    assert loaded.manifest.position == Position(1, 3) and loaded.manifest.metrics == {"loss": 0.5}
+    assert read_manifest(committed.url) == loaded.manifest
+
+
+def test_every_dtype_and_shape_comes_back(store: CheckpointStore) -> None:
+    tensors: dict[str, Array] = {}
+    for dtype in DTYPES:
+        name = np.dtype(dtype).name
+        tensors |= {f"{name}/{shape}": np.ones(shape, dtype) for shape in [(), (3,), (2, 5), (0, 4)]}
+    tensors["scrambled if not copied"] = np.arange(12.0).reshape(3, 4).T
+    tensors["big-endian"] = np.arange(3, dtype=">i4")
+    tensors["nan"] = np.array([np.nan, np.inf, -0.0], np.float32)
+    staging = store.stage(1)
+    files = (staging.write_tensors("model.safetensors", tensors), staging.write_tensors("empty.safetensors", {}))
+    got = store.load(store.commit(staging, manifest(1, files=files))).tensors
+    assert got["empty.safetensors"] == {} and set(got["model.safetensors"]) == set(tensors)
+    for name, tensor in tensors.items():
+        back = got["model.safetensors"][name]
+        assert (back.dtype, back.shape) == (tensor.dtype.newbyteorder("="), tensor.shape)
+        assert back.tobytes() == tensor.astype(tensor.dtype.newbyteorder("=")).tobytes(), name
+
+
+def test_what_cannot_be_stored_is_refused(store: CheckpointStore) -> None:
+    staging = store.stage(1)
+    with pytest.raises(CheckpointError, match="tensor 'names' has dtype"):
+        staging.write_tensors("model.safetensors", {"names": np.array(["a"])})
+    for name in (
+        "../model.safetensors",
+        "/etc/model.json",
+        "a/b.json",
+        "manifest.json",
+        "model.bin",
+        ".json",
+        "a\0.json",
+    ):
+        with pytest.raises(CheckpointError, match="is no name"):
+            staging.write_json(name, {})
+
+
+def test_half_written_checkpoint_is_never_latest(store: CheckpointStore) -> None:
+    first = commit(store, 100)
+    staging = store.stage(120)
+    staging.write_tensors("model.safetensors", {"w": np.ones(3)})
+    assert store.latest() == first and store.list() == (first,)
+
+
+def test_a_file_that_did_not_arrive_is_never_committed(store: CheckpointStore) -> None:
+    staging = store.stage(120)
+    record = staging.write_json("state.json", {})
+    for bad in (dataclasses.replace(record, name="other.json"), dataclasses.replace(record, size=5)):
+        with pytest.raises(CheckpointError, match="storage_path must be shared by all"):
+            store.commit(staging, manifest(120, files=(bad,)))
+    assert store.latest() is None
+
+
+def test_files_of_a_killed_worker_are_not_committed(store: CheckpointStore) -> None:
+    staging = store.stage(120)
+    staging.write_json("stale.json", {})
+    committed = store.commit(staging, manifest(120, files=(staging.write_json("state.json", {"a": 1}),)))
+    assert store.load(committed).state == {"state.json": {"a": 1}}
+
+
+def test_a_late_worker_can_write_nothing(local: CheckpointStore) -> None:
+    for finish in (lambda s: local.commit(s, manifest(s.step)), local.discard):
+        staging = local.stage(7)
+        finish(staging)
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            staging.write_json("state.json", {})
+
+
+def test_a_step_committed_twice_keeps_both(store: CheckpointStore) -> None:
+    first, second = commit(store, 120), commit(store, 120)
+    assert first.url != second.url and store.list() == (first, second)
+    assert step_of(store.load(first)) == step_of(store.load(second)) == 120
+
+
+def test_prune_keeps_the_newest_and_the_best_and_clears_old_leftovers(store: CheckpointStore) -> None:
+    made = [commit(store, step) for step in (10, 20)]
+    store.stage(25)
+    made += [commit(store, step) for step in (30, 40)]
+    pending = store.stage(50)
+    store.prune(2, best=made[0])
+    assert store.list() == (made[0], *made[2:])
+    assert store.commit(pending, manifest(50)) == store.latest()
+    store.prune(1)
+    assert [c.step for c in store.list()] == [50]
+    if not store.url.startswith("memory"):
+        assert os.listdir(store.url) == ["step-000000050"]
+    with pytest.raises(ConfigError, match="keep=0"):
+        store.prune(0)
+
+
+def test_rewind_makes_an_older_checkpoint_the_newest(store: CheckpointStore) -> None:
+    made = [commit(store, step) for step in (10, 20, 30)]
+    with pytest.raises(CheckpointError, match="rewind the store first"):
+        store.stage(15)
+    store.rewind(made[0])
+    assert store.list() == (made[0],)
+    assert commit(store, 15) == store.latest()
+    store.rewind(None)
+    assert store.list() == ()
+
+
+# Damage
+
+
+def test_truncation_anywhere_is_found(local: CheckpointStore) -> None:
+    folder = folder_of(commit(local, 120, size=20_000))
+    for path in folder.iterdir():
+        whole = path.read_bytes()
+        for cut in [*range(0, len(whole), 4096), len(whole) - 1]:
+            path.write_bytes(whole[:cut])
+            with pytest.raises(CheckpointError):
+                load(str(folder))
+        path.write_bytes(whole)
+    assert step_of(load(str(folder))) == 120
+
+
+def test_random_bit_flips_are_found(local: CheckpointStore) -> None:
+    folder = folder_of(commit(local, 120))
+    random = np.random.default_rng(0)
+    for path in folder.iterdir():
+        whole = path.read_bytes()
+        for at in random.integers(0, len(whole) * 8, 200):
+            flipped = bytearray(whole)
+            flipped[at // 8] ^= 1 << (at % 8)
+            path.write_bytes(flipped)
+            with pytest.raises(CheckpointError):
+                load(str(folder))
+        path.write_bytes(whole)
+    assert step_of(load(str(folder))) == 120
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_says_so(local: CheckpointStore) -> None:
+    commit(local, 100)
+    newest = folder_of(commit(local, 120))
+    data = newest / "model.safetensors"
+    data.write_bytes(data.read_bytes()[:-1] + b"!")
+    loaded, refused = local.latest_valid()
+    assert loaded is not None and step_of(loaded) == 100
+    assert len(refused) == 1 and "step-000000120 is damaged: the SHA-256 of model.safetensors" in refused[0]
+
+
+def test_a_missing_checkpoint_is_named(store: CheckpointStore) -> None:
+    with pytest.raises(CheckpointError, match=r"step-000000001 is no checkpoint: it has no manifest.json"):
+        load(f"{store.url}/step-000000001")
+
+
+# A commit that is cut short
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of ours catches it."""
+
+
+COUNTED = [(os, name) for name in ("mkdir", "fsync", "rename", "replace", "open", "close")] + [(builtins, "open")]
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_at_any_step_of_a_commit_leaves_this_checkpoint_or_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    def die_at(patch: pytest.MonkeyPatch, fatal: int) -> None:
+        calls = iter(range(1, 1000))
+
+        def counted(plain: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                is_last = next(calls) == fatal
+                if is_last and not after:
+                    raise Killed
+                try:
+                    return plain(*args, **kwargs)
+                finally:
+                    if is_last:
+                        raise Killed
+
+            return call
+
+        for owner, name in COUNTED:
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+
+    newest = []
+    for fatal in range(1, 1000):
+        store = CheckpointStore(str(tmp_path / str(fatal)))
+        commit(store, 100)
+        try:
+            with monkeypatch.context() as patch:
+                die_at(patch, fatal)
+                commit(store, 120)
+        except Killed:
+            loaded, refused = store.latest_valid()
+            assert loaded is not None and refused == ()
+            newest.append(step_of(loaded))
+            # The next try finds nothing in its way, and pruning clears what was left.
+            assert commit(store, 120) == store.latest()
+            store.prune(1)
+            assert len(os.listdir(store.url)) == 1
+        else:
+            break
+    assert len(newest) > 10 and newest == sorted(newest) and set(newest) == {100, 120}
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(local: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(local, 100)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(
+            CheckpointError, match=r"No space left on device; free space, or choose another storage_path"
+        ):
+            commit(local, 120)
+    loaded, _ = local.latest_valid()
+    assert loaded is not None and step_of(loaded) == 100
+
+
+WRITER = """
+import sys, numpy as np
+sys.path.insert(0, {tests!r})
+from test_checkpoint import commit
+from dtrain.checkpoint import CheckpointStore
+store = CheckpointStore(sys.argv[1])
+step = store.latest().step if store.latest() else 0
+while True:
+    step += 1
+    commit(store, step, size=100_000)
+    store.prune(2)
+    print(step, flush=True)
+"""
+
+
+def test_a_killed_process_leaves_a_checkpoint_that_verifies(local: CheckpointStore) -> None:
+    for kills in range(1, 6):
+        command = [sys.executable, "-c", WRITER.format(tests=str(Path(__file__).parent)), local.url]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout is not None
+            said = [int(writer.stdout.readline()) for _ in range(kills)]
+            writer.send_signal(signal.SIGKILL)
+        loaded, refused = local.latest_valid()
+        assert loaded is not None and refused == () and step_of(loaded) >= said[-1]
+
+
+# Foreign checkpoints
+
+
+def reseal(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the manifest as somebody would who knows the format."""
+    fields = json.loads((folder / "manifest.json").read_text())
+    del fields["digest"]
+    change(fields)
+    head = json.dumps(fields).removesuffix("}").encode()
+    seal = hashlib.sha256(head).hexdigest().encode()
+    (folder / "manifest.json").write_bytes(head + b',\n "digest": "' + seal + b'"\n}\n')
+
+
+def rename_file(new: str) -> Callable[[dict[str, Any]], None]:
+    return lambda fields: fields["files"].update({new: fields["files"].pop("state.json")})
+
+
+def tensor(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda fields: fields["files"]["model.safetensors"]["tensors"].update({key: value})
+
+
+MALICIOUS: list[tuple[Callable[[dict[str, Any]], None], str]] = [
+    (lambda fields: fields.update(format=2), "is of checkpoint format 2; this dtrain reads up to 1: upgrade dtrain"),
+    (lambda fields: fields.update(format="1"), "upgrade dtrain"),
+    (rename_file("../state.json"), r"'../state.json' is no name"),
+    (rename_file("/etc/passwd"), "'/etc/passwd' is no name"),
+    (rename_file("manifest.json"), "'manifest.json' is no name"),
+    (rename_file("other.json"), "other.json is missing"),
+    (lambda fields: fields["files"].pop("state.json"), "state.json does not belong to it"),
+    (
+        lambda fields: fields["files"]["model.safetensors"].update(size=10**15),
+        "model.safetensors has .* bytes, not 10{15}",
+    ),
+    (lambda fields: fields["files"]["model.safetensors"].update(tensors=None), "cannot be understood"),
+    (lambda fields: fields["files"]["model.safetensors"].pop("sha256"), "cannot be understood"),
+    (tensor("w", ["F32", [10**9]]), "does not hold the tensors that the manifest names"),
+    (tensor("w", ["F32", [2**62, 0, 2**62]]), "cannot be understood"),
+    (tensor("w", ["F32", [-3000]]), "cannot be understood"),
+    (tensor("w", ["O", [3000]]), "cannot be understood"),
+    (tensor("v", ["F32", [1]]), "does not hold the tensors that the manifest names"),
+    (lambda fields: fields.update(step="120"), "must be whole numbers"),
+    (lambda fields: fields.update(position={"epoch": 1}), "cannot be understood"),
+    (lambda fields: fields.update(unknown=1), "cannot be understood"),
+    (lambda fields: fields.update(files=[]), "cannot be understood"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MALICIOUS)
+def test_a_manifest_that_lies_is_refused(
+    local: CheckpointStore, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    folder = folder_of(commit(local, 120))
+    reseal(folder, lambda fields: None)
+    assert step_of(load(str(folder))) == 120
+    reseal(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        load(str(folder))
+
+
+def test_links_and_foreign_files_are_refused(local: CheckpointStore, tmp_path: Path) -> None:
+    folder = folder_of(commit(local, 120))
+    for name in ("state.json", "manifest.json"):
+        outside = tmp_path / name
+        (folder / name).rename(outside)
+        (folder / name).symlink_to(outside)
+        with pytest.raises(CheckpointError, match="not a plain file|is a other|no manifest"):
+            load(str(folder))
+        (folder / name).unlink()
+        outside.rename(folder / name)
+    (folder / "extra.pkl").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="extra.pkl does not belong to it"):
+        load(str(folder))
+
+
+def lying_header(shape: list[Any], offsets: list[Any], padding: int = 0) -> bytes:
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+    return len(header).to_bytes(8, "little") + header + b"\0" * (12 + padding)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lying_header([3], [0, 8]), "lies at bytes 0 to 8"),
+        (lying_header([3], [4, 16], 4), "lies at bytes 4 to 16"),
+        (lying_header([3], [-4, 8]), "lies at bytes -4 to 8"),
+        (lying_header([3], [0, 12], 5), "but its tensors end at"),
+        (lying_header([3], [0.0, 12.0]), "cannot be understood"),
+        (lying_header([3], ["0", "12"]), "cannot be understood"),
+        ((2**62).to_bytes(8, "little") + b"\0" * 20, "has a header of 4611686018427387904 bytes"),
+        ((4).to_bytes(8, "little") + b"[1] " + b"\0" * 12, "cannot be understood"),
+        ((900).to_bytes(8, "little") + b"[" * 900, "cannot be understood"),
+    ],
+)
+def test_array_headers_are_checked_before_memory_is_taken(local: CheckpointStore, data: bytes, message: str) -> None:
+    staging = local.stage(1)
+    record = staging.write_tensors("model.safetensors", {"w": np.zeros(3, np.float32)})
+    (Path(staging.url) / record.name).write_bytes(data)
+    lie = dataclasses.replace(record, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    committed = local.commit(staging, manifest(1, files=(lie,)))
+    with pytest.raises(CheckpointError, match=message):
+        local.load(committed)
+
+
+def test_storage_of_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'nosuch://bucket/x' cannot be used as storage: Protocol not known"):
+        CheckpointStore("nosuch://bucket/x")
+
+
+def test_folders_are_for_their_owner_alone(local: CheckpointStore) -> None:
+    assert folder_of(commit(local, 1)).stat().st_mode & 0o777 == 0o700
+
+
+def test_digests_tell_structures_apart() -> None:
+    one = {"a": ((2, 3), "float32"), "b": ((), "int64")}
+    assert structure_digest(one) == structure_digest(dict(reversed(one.items())))
+    others = [{**one, "b": ((1,), "int64")}, {**one, "b": ((), "int32")}, {"a": one["a"]}, {**one, "c": one["b"]}]
+    assert len({structure_digest(other) for other in [one, *others]}) == 5
