@@ -47,8 +47,8 @@ def whole_number(name: str, value: Any, at_least: int) -> int:
     return number
 
 
-def check_model_fn(model_fn: Any, config: Mapping[str, Any] | None) -> None:
-    """Check that the factory can be called as promised and can travel to the workers.
+def pickled_model_fn(model_fn: Any, config: Mapping[str, Any] | None) -> bytes:
+    """The factory and its config, as they travel to the workers.
 
     Raises:
         ConfigError: it is not callable, takes other arguments, or does not pickle.
@@ -69,18 +69,24 @@ def check_model_fn(model_fn: Any, config: Mapping[str, Any] | None) -> None:
         ) from None
     except ValueError:
         pass  # a callable without a signature, written in C
-    check_pickles("model_fn", model_fn)
-    check_pickles("config", config)
+    pickled("config", config)
+    return pickled("model_fn", model_fn, (model_fn, config))
 
 
-def check_pickles(name: str, value: Any) -> None:
-    """Check that a value can travel to the workers.
+def pickled(name: str, value: Any, with_value: Any = None) -> bytes:
+    """A value as it travels to the workers: by cloudpickle, so that what is defined in a script travels whole.
+
+    Args:
+        name: of the argument.
+        value: the argument.
+        with_value: what is pickled, if it is more than that.
 
     Raises:
-        ConfigError: it cannot; the message names the variable that it drags along.
+        ConfigError: it cannot be pickled; the message names the variable that it drags along.
     """
     try:
-        cloudpickle.dumps(value)
+        data: bytes = cloudpickle.dumps(value if with_value is None else with_value)
+        return data
     except Exception as error:
         culprit = _unpicklable_variable(value)
         what = f": its variable {culprit!r} cannot be pickled" if culprit else ""
@@ -139,8 +145,7 @@ def callback_list(callbacks: Any) -> list[Any]:
     for index, callback in enumerate(found):
         if not hasattr(callback, "on_epoch_end"):
             raise ConfigError(f"callbacks[{index}]={_short(callback)} must be a keras.callbacks.Callback")
-        else:
-            check_pickles(f"callbacks[{index}]", callback)
+        pickled(f"callbacks[{index}]", callback)
     return found
 
 

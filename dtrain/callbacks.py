@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import cloudpickle
 import keras
-import numpy as np
 
 from dtrain.collective import Collective
 from dtrain.keras_internals import is_default, recorded_assignments
@@ -77,7 +76,7 @@ class RankCallbacks:
         decision = {"stop": bool(self._model.stop_training), "changed": changed}
         decision = self._collective.broadcast_json(decision, f"{hook}.decision")
         self._model.stop_training = decision["stop"]
-        values = [np.asarray(variables[i]) for i in decision["changed"]]
+        values = [variables[i].numpy() for i in decision["changed"]]
         for index, value in zip(decision["changed"], self._collective.broadcast(values, f"{hook}.values"), strict=True):
             variables[index].assign(value)
 

@@ -1,6 +1,8 @@
-"""Owns the connection to Ray: a local one by default, an existing cluster by address; what it has, and the object store."""
+"""Owns the connection to Ray: a local one by default, a cluster by address; what it has, and its object store."""
 
+import asyncio
 import contextlib
+import json
 import logging
 import os
 from collections import Counter
@@ -10,6 +12,8 @@ from typing import Any
 import ray
 
 from dtrain.errors import ConfigError
+
+log = logging.getLogger("dtrain")
 
 NAMESPACE = "dtrain"
 
@@ -43,6 +47,9 @@ def connect(address: str | None) -> bool:
     """
     if ray.is_initialized():
         return False
+    # A local Ray tells each time that it protects itself with a token; that it does not is still told.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_no_token_notice)
+    umask = os.umask(0o077)  # Ray writes the token file as any other
     try:
         ray.init(
             address=address or "local",
@@ -56,7 +63,13 @@ def connect(address: str | None) -> bool:
             f"address={address!r}: no Ray cluster answers there ({error}); start one with 'ray start --head', or leave"
             " address and RAY_ADDRESS unset for a local Ray"
         ) from error
+    finally:
+        os.umask(umask)
     return True
+
+
+def _is_no_token_notice(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Token authentication is enabled")
 
 
 def disconnect() -> None:
@@ -70,19 +83,27 @@ def address() -> str | None:
 
 
 def add_job_metadata(metadata: Mapping[str, str]) -> None:
-    """Add to what Ray's dashboard and job list show of this job; a job that Ray did not submit has no such entry."""
-    with contextlib.suppress(Exception):  # shown where it can be, never worth a training run
-        from ray.dashboard.modules.job.common import JobInfoStorageClient
+    """Add to the metadata that Ray's dashboard and job list show of this job, if it was submitted through Ray.
 
-        job_id = os.environ.get("RAY_JOB_SUBMISSION_ID") or ""
-        if job_id:
-            import asyncio
-            from dataclasses import replace
+    Ray has no public way to do so once a job runs; where its own one does not work, the job is shown without.
+    """
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    job_id = submitted.get("metadata", {}).get("job_submission_id")
+    if job_id is None:
+        return
+    from ray.dashboard.modules.job.common import JobInfoStorageClient
 
-            client = JobInfoStorageClient(ray._private.worker.global_worker.gcs_client)
-            info = asyncio.run(client.get_info(job_id))
-            merged = {**(info.metadata or {}), **metadata}
-            asyncio.run(client.put_info(job_id, replace(info, metadata=merged)))
+    async def add() -> None:
+        storage = JobInfoStorageClient(ray._private.worker.global_worker.gcs_client)
+        info = await storage.get_info(job_id)
+        if info is not None:
+            info.metadata = {**(info.metadata or {}), **metadata}
+            await storage.put_info(job_id, info)
+
+    try:
+        asyncio.run(add())
+    except (RuntimeError, ConnectionError, TimeoutError, AttributeError) as error:
+        log.warning("Ray's job list will not show the run: %s", error)
 
 
 def check_resources(num_workers: int, per_worker: Mapping[str, float]) -> None:

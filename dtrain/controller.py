@@ -49,7 +49,7 @@ class FitRecord:
 
     steps: int = 0
     rows: int = 0
-    position: Position = Position(0, 0)
+    position: Position = field(default_factory=lambda: Position(0, 0))
     history: dict[str, list[float]] = field(default_factory=dict)
     epochs: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Controller:
         self._rate: float | None = None
 
     def fit(
-        self, plan: FitPlan, train: Any, validation: Any, callbacks: Any, saving: Saving | None, record: FitRecord
+        self, plan: FitPlan, train: Any, validation: Any, callbacks: bytes, saving: Saving | None, record: FitRecord
     ) -> None:
         """Train until the plan's epochs are done or a callback stops it; `record` is filled as it goes.
 
@@ -79,7 +79,7 @@ class Controller:
             plan: what to train.
             train: reference to the data source.
             validation: reference to the validation source, or None.
-            callbacks: reference to the user's callbacks.
+            callbacks: the user's callbacks, pickled.
             saving: how to make checkpoints; None: none.
             record: starts empty.
         """
@@ -96,7 +96,7 @@ class Controller:
         finished = self._group.call("end_fit", watch=self._watch)
         record.history, record.callback_states = finished[0]
 
-    def run_pass(self, task: str, plan: BatchPlan, source: Any, callbacks: Any) -> list[Any]:
+    def run_pass(self, task: str, plan: BatchPlan, source: Any, callbacks: bytes) -> list[Any]:
         """Run `evaluate` or `predict` on all workers; what each returned."""
         self._display.begin_epoch(0)
         results = self._group.call(task, plan, source, callbacks, watch=self._watch)

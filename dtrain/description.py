@@ -3,17 +3,19 @@
 Only what is listed here is recorded: never the environment, never what a function closes over.
 """
 
+import contextlib
+import getpass
+import socket
+import subprocess
 import sys
 from collections.abc import Mapping
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from dtrain.data.source import DataSource, describe
-from dtrain.tracking import DatasetDescription, RunDescription, environment_tags
-from dtrain.types import FitPlan
-
-if TYPE_CHECKING:
-    from dtrain.model import ModelDescription
+from dtrain.tracking import DatasetDescription, RunDescription
+from dtrain.types import FitPlan, ModelDescription
 
 RECORDED_VERSIONS = ("dtrain", "tensorflow", "keras", "horovod", "ray", "mlflow", "numpy")
 
@@ -33,7 +35,7 @@ def describe_run(
     run_name: str,
     plan: FitPlan,
     data: Mapping[str, DataSource | None],
-    model: "ModelDescription | None",
+    model: ModelDescription | None,
     settings: Mapping[str, Any],
     config: Mapping[str, Any] | None,
     ray_address: str,
@@ -81,3 +83,34 @@ def _describe_data(context: str, source: DataSource) -> DatasetDescription:
     found = describe(source)
     name = type(source).__name__.removesuffix("Source").lower()
     return DatasetDescription(name, context, found.shapes, found.dtypes, found.num_rows, found.digest)
+
+
+def environment_tags(script: str | None) -> dict[str, str]:
+    """Tags for where a run comes from: user, host, script, git commit. To be resolved where the script starts.
+
+    Args:
+        script: the script that the user started; None: unknown, as in a notebook.
+    """
+    tags = {"mlflow.source.type": "LOCAL", "dtrain.host": socket.gethostname()}
+    with contextlib.suppress(OSError, KeyError):  # A container's user may have no name.
+        tags["mlflow.user"] = getpass.getuser()
+    if script:
+        tags["mlflow.source.name"] = script
+    folder = Path(script).absolute().parent if script else Path.cwd()
+    if commit := _git(folder, "rev-parse", "HEAD"):
+        tags["mlflow.source.git.commit"] = commit
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        if changes is not None:
+            tags["mlflow.source.git.dirty"] = "true" if changes else "false"
+    return tags
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Git's answer; None without git or outside of a repository."""
+    # fsmonitor names a program that git would start, and the folder may be anybody's.
+    command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", *arguments]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dtrain import cluster
-from dtrain.arguments import FitArguments
+from dtrain.arguments import FitArguments, pickled
 from dtrain.checkpoint import Manifest
 from dtrain.controller import Controller, FitRecord, Saving
 from dtrain.data.source import keras_batch
@@ -18,9 +18,9 @@ from dtrain.history import History
 from dtrain.progress import ProgressBar
 from dtrain.runs import RunFolder
 from dtrain.tracking import MLflowTracker, NullTracker, Status, Tracker
+from dtrain.types import ModelDescription
 
 if TYPE_CHECKING:
-    from dtrain.model import ModelDescription
     from dtrain.trainer import Trainer
 
 CURVES = "training_curves.png"
@@ -69,7 +69,7 @@ class FitRun:
                 wanted.plan,
                 cluster.put(wanted.train),
                 cluster.put(wanted.validation),
-                cluster.put(list(callbacks)),
+                pickled("callbacks", list(callbacks)),
                 self._saving(),
                 self._record,
             )
@@ -93,6 +93,8 @@ class FitRun:
         self._finish("FINISHED")
 
     def _finish(self, status: Status, error: str | None = None) -> None:
+        if self._record.checkpoint is not None:
+            self._trainer.keep_for_fall_back(self._record.checkpoint.url)
         if status != "FINISHED" and self._model is None:
             self._start_tracking()  # it failed before the model was known: on record all the same
         self._display.status("finishing the record")
@@ -102,13 +104,15 @@ class FitRun:
     def _announce(self) -> None:
         self._start_tracking()
         assert self._model is not None
-        self._display.print(f"run {self._name}")
+        self._display.note(f"run {self._name}")
         if self._trainer.num_workers > 1:
             for exception in self._model.exceptions:
-                self._display.print(f"not as in one process: {exception}")
+                self._display.note(f"not as in one process: {exception}")
 
     def _start_tracking(self) -> None:
         trainer, wanted = self._trainer, self._wanted
+        if trainer.tracking is None:
+            return
         model_fn = trainer.model_fn
         settings = {
             "world_size": trainer.num_workers,

@@ -37,7 +37,7 @@ def build_from_batch(model: keras.Model, batch: Any) -> None:
 
 
 def build_from_inputs(model: keras.Model, batch: Any) -> None:
-    """Create the variables of model and optimizer from a batch that may have no targets."""
+    """Create the variables of model and optimizer from a batch that may have no targets; None if layers have theirs."""
     if not all(layer.built for layer in layers_of(model)):
         x, _, _ = unpack_x_y_sample_weight(batch)
         symbolic = keras.tree.map_structure(

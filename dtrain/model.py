@@ -8,7 +8,6 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -16,30 +15,12 @@ import numpy as np
 
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.keras_internals import build_from_batch, build_from_inputs, global_seed_generator, seed_generators_of
-from dtrain.types import Array, Tree
+from dtrain.types import Array, ModelDescription, Tree
 
 ModelFn = Callable[..., keras.Model]
 
 State = dict[str, Array]
 """A model's and its optimizer's variables by name, in a fixed order."""
-
-
-@dataclass(frozen=True)
-class ModelDescription:
-    """What is recorded of a model: plain values, made on a worker, read in the driver."""
-
-    name: str
-    summary: str
-    num_parameters: int
-    num_trainable: int
-    optimizer: str
-    loss: str
-    metrics: tuple[str, ...]
-    learning_rate: float | None
-    signature: str
-    """A digest of the variables' names, shapes and dtypes and of the compile configuration."""
-    exceptions: tuple[str, ...]
-    """Sentences on layers for which several workers do not compute what one would."""
 
 
 def make_model(model_fn: ModelFn, config: Mapping[str, Any] | None) -> keras.Model:
@@ -60,7 +41,10 @@ def make_model(model_fn: ModelFn, config: Mapping[str, Any] | None) -> keras.Mod
 
 
 def build_variables(model: keras.Model, batch: Tree) -> None:
-    """Create the variables of model and optimizer from a batch of any size; targets may be missing."""
+    """Create the variables of model and optimizer from a batch of any size; targets may be missing.
+
+    A model whose layers know their shapes needs no batch: None will do.
+    """
     build_from_inputs(model, batch)
 
 
@@ -81,7 +65,7 @@ def describe(model: keras.Model) -> ModelDescription:
         num_parameters=model.count_params(),
         num_trainable=sum(int(np.prod(v.shape)) for v in model.trainable_variables),
         optimizer=type(optimizer).__name__ if optimizer is not None else "None",
-        loss=_loss_name(model),
+        loss=_loss_name(model).strip('"'),
         metrics=tuple(metric.name for metric in model.metrics),
         learning_rate=learning_rate(model),
         signature=_signature(model),
@@ -114,7 +98,7 @@ def named_variables(model: keras.Model) -> dict[str, Any]:
 
 
 def read_state(model: keras.Model) -> State:
-    return {name: np.array(variable) for name, variable in named_variables(model).items()}
+    return {name: np.array(variable.numpy()) for name, variable in named_variables(model).items()}
 
 
 def write_state(model: keras.Model, state: Mapping[str, Array]) -> None:
@@ -149,9 +133,9 @@ def spread_seeds(model: keras.Model, rank: int) -> None:
     Rank 0 keeps plain Keras's. The counters stay equal, so that base and counter are all there is to save.
     """
     for variable in _seed_states(model):
-        base, counter = np.array(variable)
+        base, counter = variable.numpy()
         offset = (rank * 0x9E3779B9) % 2**32  # the golden ratio's bits: far apart for neighbouring ranks
-        variable.assign(np.array([(int(base) + offset) % 2**32, counter], np.uint32))
+        variable.assign(np.array([(int(base) + offset) % 2**32, int(counter)], np.uint32))
 
 
 def _seed_states(model: keras.Model) -> list[Any]:
@@ -159,12 +143,18 @@ def _seed_states(model: keras.Model) -> list[Any]:
 
 
 def _loss_name(model: keras.Model) -> str:
-    loss = model.loss
+    return json.dumps(_names_in(model.loss))
 
-    def name_of(item: Any) -> str:
-        return str(item if isinstance(item, str) else getattr(item, "name", None) or getattr(item, "__name__", item))
 
-    return json.dumps(keras.tree.map_structure(name_of, loss)) if keras.tree.is_nested(loss) else name_of(loss)
+def _names_in(tree: Any) -> Any:
+    """The same structure with names for the losses in it."""
+    if isinstance(tree, Mapping):
+        return {str(key): _names_in(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_names_in(value) for value in tree]
+    if tree is None or isinstance(tree, str):
+        return tree
+    return str(getattr(tree, "name", None) or getattr(tree, "__name__", tree))
 
 
 def _signature(model: keras.Model) -> str:

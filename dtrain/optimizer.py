@@ -31,7 +31,8 @@ class Reduction:
 
     Attributes:
         collective: the group.
-        share: scalar tensor: this rank's rows over the rows of the mini-batch, or 1 / world size when `whole`.
+        share: scalar tensor: this rank's rows over the rows of the mini-batch; when `whole`, 1 on rank 0, else 0.
+            It is fed in, never a constant: TensorFlow would fold what is multiplied by 0.
         whole: every rank has the whole mini-batch (it has fewer rows than there are ranks).
         statistics: variables that a forward pass may assign (moving averages).
         assigned: the variables that the step has assigned so far. Statistics among them are made equal over ranks, as
@@ -122,9 +123,8 @@ def _gather(grad: tf.IndexedSlices, name: str, reduction: Reduction) -> tf.Index
     gathered = reduction.collective.all_gather_slices(grad, name)
     if not reduction.whole:
         return gathered
-    rows = tf.shape(grad.values)[0]  # every rank sent the whole mini-batch, scaled by its share: keep one, unscaled
-    values = gathered.values[:rows] / tf.cast(reduction.share, gathered.values.dtype)
-    return tf.IndexedSlices(values, gathered.indices[:rows], dense_shape=grad.dense_shape)
+    rows = tf.shape(grad.values)[0]  # every rank sent the whole mini-batch: keep rank 0's, which counts
+    return tf.IndexedSlices(gathered.values[:rows], gathered.indices[:rows], dense_shape=grad.dense_shape)
 
 
 def _times(value: Any, factor: tf.Tensor) -> Any:

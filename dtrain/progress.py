@@ -105,8 +105,13 @@ class ProgressBar:
         self._keep_line(done=True)
         self._refresh()
 
+    def note(self, text: str) -> None:
+        """Keeps a line of the job's own above the bar."""
+        if not self._silent:
+            self._line(text)
+
     def print(self, text: str) -> None:
-        """Prints a text as it is, above the bar."""
+        """Prints what the user's code printed, as it is, above the bar; silence does not extend to that."""
         if not self._silent:
             self._line(text.removesuffix("\n"))
         else:

@@ -191,9 +191,9 @@ class RendezvousServer:
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             status, content = self._reply(connection)
-            head = f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+            head = f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Length: {len(content)}\r\n"
             connection.settimeout(_SLOW_CLIENT)
-            connection.sendall(head.encode() + content)
+            connection.sendall(f"{head}Connection: close\r\n\r\n".encode() + content)
         except OSError as error:
             log.debug("rendezvous: a client went away or was too slow: %s", error)
         finally:

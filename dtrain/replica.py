@@ -147,10 +147,10 @@ class Replica:
         step_logs, num_steps, rows = self._train(fit, segment)
         seconds = time.perf_counter() - started
         self._seconds_per_step = seconds / num_steps
-        fit.logs = {key: float(values[-1]) for key, values in step_logs.items()}
+        fit.logs = _last(step_logs)
         ends_epoch = self.model.stop_training or step + num_steps == fit.loader.sampler.steps_in_epoch(epoch)
         position = Position(epoch + 1, 0) if ends_epoch else Position(epoch, step + num_steps)
-        logs = dict(fit.logs)
+        logs = _numbers(fit.logs)
         epoch_end = self._end_epoch(fit, epoch) if ends_epoch else None
         fit.stopped = bool(self.model.stop_training)
         return SegmentResult(
@@ -159,7 +159,7 @@ class Replica:
             rows=rows,
             seconds=seconds,
             logs=logs,
-            step_logs=step_logs if fit.plan.record_steps else {},
+            step_logs={k: v for k, v in step_logs.items() if v.ndim == 1} if fit.plan.record_steps else {},
             learning_rate=learning_rate(self.model),
             epoch_end=epoch_end,
             stop=fit.stopped,
@@ -195,7 +195,7 @@ class Replica:
             step = chunk.first_step + chunk.num_steps
             rows += chunk.global_rows * chunk.num_steps
             if hooked:
-                logs = self._last(self._global_logs("train", [state], [returned], "batch"))
+                logs = _last(self._global_logs("train", [state], [returned], "batch"))
                 fit.callbacks("on_train_batch_end", step - 1, logs=logs)
             states.append(state)
             own.append(returned)
@@ -223,7 +223,7 @@ class Replica:
         fit.callbacks("on_epoch_end", epoch, logs=logs)
         history = fit.callbacks.history()  # it has what callbacks added to the logs, too
         fit.logs = {key: values[-1] for key, values in history.items() if len(values) > known.get(key, 0)}
-        return EpochEnd(epoch, dict(fit.logs), learning_rate(self.model))
+        return EpochEnd(epoch, _numbers(fit.logs), learning_rate(self.model))
 
     def _running_fit(self) -> _Fit:
         if self._fit is None:
@@ -270,14 +270,14 @@ class Replica:
         return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *outputs)
 
     def on_batch(self, kind: Kind, batch: ArraySource) -> Logs:
-        """One step on the rows of `batch`, which is the whole mini-batch on every rank; its metrics alone. Collective."""
+        """One step on the rows of `batch`, the whole mini-batch on every rank; metrics of it alone. Collective."""
         self.build(batch.read(np.zeros(1, np.int64)))
         self.model.reset_metrics()
         part = shard(len(batch), self.collective.world_size, self.collective.rank)
         rows = batch.read(np.arange(len(batch), dtype=np.int64)[part.rows])
         data = _to_tensors(map_tree(lambda leaf: leaf[None], rows))
         state, own = self._call(kind, Chunk(0, 1, data, part.share, part.whole, len(batch)))
-        return self._last(self._global_logs(kind, [state], [own], "batch"))
+        return _last(self._global_logs(kind, [state], [own], "batch"))
 
     def _evaluate(self, plan: BatchPlan, source: DataSource, callbacks: RankCallbacks) -> Logs:
         loader = Loader(source, plan, self.collective.rank, self.collective.world_size, _to_tensors)
@@ -286,14 +286,13 @@ class Replica:
         self.model.reset_metrics()
         self.model.stop_evaluating = False
         callbacks("on_test_begin")
-        state, own, longest = None, None, 1
-        started = time.perf_counter()
+        state, own = None, None
         for chunk in loader.chunks(0, 0, loader.sampler.steps_in_epoch(0), 1 if hooked else 8):
             if hooked:
                 callbacks("on_test_batch_begin", chunk.first_step)
             state, own = self._call("test", chunk)
             if hooked:
-                logs = self._last(self._global_logs("test", [state], [own], "test_batch"))
+                logs = _last(self._global_logs("test", [state], [own], "test_batch"))
                 callbacks("on_test_batch_end", chunk.first_step, logs=logs)
             self.progress = Progress("evaluate", 0, chunk.first_step + chunk.num_steps, num_steps)
             if self.model.stop_evaluating:
@@ -301,7 +300,7 @@ class Replica:
         assert state is not None and own is not None
         last_state = [values[-1:] for values in state]
         last_own = {key: values[-1:] for key, values in own.items()}
-        logs = self._last(self._global_logs("test", [last_state], [last_own], "test"))
+        logs = _last(self._global_logs("test", [last_state], [last_own], "test"))
         callbacks("on_test_end", logs=logs)
         return logs
 
@@ -330,9 +329,6 @@ class Replica:
         kept = states if self._metrics.records_steps else states[-1:]
         return self._metrics.global_logs(concatenate(kept), self.collective, f"{kind}.{name}.metrics")
 
-    def _last(self, logs: dict[str, Array]) -> Logs:
-        return {key: float(values[-1]) for key, values in logs.items()}
-
     def _check_same_model(self) -> None:
         signatures = self.collective.all_gather_json(describe(self.model).signature, "signature")
         for rank, signature in enumerate(signatures):
@@ -349,6 +345,16 @@ class Replica:
             received = self.collective.broadcast(list(own.values()), "state")
             write_state(self.model, dict(zip(own, received, strict=True)))
         spread_seeds(self.model, self.collective.rank)
+
+
+def _last(logs: dict[str, Array]) -> Logs:
+    """The logs after the last step; of a metric that is an array (an F1Score by class), the array, as in Keras."""
+    return {key: float(values[-1]) if values.ndim == 1 else values[-1] for key, values in sorted(logs.items())}
+
+
+def _numbers(logs: Logs) -> Logs:
+    """The logs without metrics that are arrays: these are in the history alone."""
+    return {key: value for key, value in logs.items() if np.ndim(value) == 0}
 
 
 def _to_tensors(data: Tree) -> Tree:

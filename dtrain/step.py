@@ -6,7 +6,7 @@ the step is plain Keras.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import keras
@@ -40,8 +40,7 @@ class Steps:
         self._collective = collective
         self._metrics = metrics
         self._kind = kind
-        self._functions: dict[bool, Any] = {}
-        self._structure: Any = None
+        self._functions: dict[Any, Any] = {}
         self.own_logs: tuple[str, ...] = ()
         """Names of what a custom step returns besides its metrics' results; empty for Keras's own steps."""
 
@@ -51,19 +50,21 @@ class Steps:
         Args:
             data: leaves of shape (K, rows, ...), K at least 1.
             share: this rank's part of each mini-batch.
-            whole: every rank has the whole mini-batch; only rank 0 counts it in its metrics.
+            whole: every rank has the whole mini-batch; rank 0's gradients and metrics count, the others' do not.
 
         Returns:
             The metric variables after each step, each of shape (K, ...), or (1, ...) where they are too large to be
             kept for every step; and what a custom step returned, times this rank's share, each of shape (K,).
         """
         flat = tf.nest.flatten(data)
-        if self._structure is None:
-            self._structure = tf.nest.map_structure(lambda _: 0, data)
-        function = self._functions.get(whole)
+        structure = tf.nest.map_structure(lambda _: 0, data)
+        key = (whole, str(structure), *((tensor.dtype, tuple(tensor.shape[2:])) for tensor in flat))
+        function = self._functions.get(key)
         if function is None:
-            function = self._functions[whole] = self._make(flat, whole)
-        states, logs = function(flat, tf.constant(share, tf.float64))
+            function = self._functions[key] = self._make(flat, structure, whole)
+        # A sum of g and zeros is g to the last bit; a sum of N times g / N is not.
+        counted = float(self._collective.rank == 0) if whole else share
+        states, logs = function(flat, tf.constant(counted, tf.float64))
         return [state.numpy() for state in states], {key: value.numpy() for key, value in logs.items()}
 
     @property
@@ -71,9 +72,9 @@ class Steps:
         """How often a function was traced so far."""
         return sum(getattr(f, "experimental_get_tracing_count", lambda: 0)() for f in self._functions.values())
 
-    def _make(self, flat: Sequence[tf.Tensor], whole: bool) -> Any:
+    def _make(self, flat: Sequence[tf.Tensor], structure: Tree, whole: bool) -> Any:
         def run(flat: Sequence[tf.Tensor], share: tf.Tensor) -> Any:
-            return self._run(flat, share, whole)
+            return self._run(flat, structure, share, whole)
 
         if self._model.run_eagerly:
             return run
@@ -82,22 +83,21 @@ class Steps:
         # Horovod's operations have no XLA version, so compile()'s jit_compile cannot reach around them.
         return tf.function(run, input_signature=signature, autograph=False, jit_compile=False)
 
-    def _run(self, flat: Sequence[tf.Tensor], share: tf.Tensor, whole: bool) -> Any:
+    def _run(self, flat: Sequence[tf.Tensor], structure: Tree, share: tf.Tensor, whole: bool) -> Any:
         num_steps = tf.shape(flat[0])[0]
         keep_all = self._metrics.records_steps
         slots = num_steps if keep_all else 1
         kept = [tf.TensorArray(v.dtype, slots, element_shape=v.shape) for v in self._metrics.read()]
-        logs = {key: tf.TensorArray(tf.float64, num_steps, element_shape=[]) for key in self._find_own_logs(flat)}
+        logs = {
+            key: tf.TensorArray(tf.float64, num_steps, element_shape=[]) for key in self._find_own_logs(flat, structure)
+        }
 
         def body(step: tf.Tensor, kept: list[Any], logs: dict[str, Any]) -> Any:
-            data = tf.nest.pack_sequence_as(self._structure, [tensor[step] for tensor in flat])
-            returned = self._one_step(keras_batch(data), share, whole)
+            data = tf.nest.pack_sequence_as(structure, [tensor[step] for tensor in flat])
+            returned = _flat(self._one_step(keras_batch(data), share, whole))
             slot = step if keep_all else 0
             kept = [array.write(slot, value) for array, value in zip(kept, self._metrics.read(), strict=True)]
-            logs = {
-                key: array.write(step, tf.cast(returned[key], tf.float64) * self._counted(share, whole))
-                for key, array in logs.items()
-            }
+            logs = {key: array.write(step, tf.cast(returned[key], tf.float64) * share) for key, array in logs.items()}
             return step + 1, kept, logs
 
         _, kept, logs = tf.while_loop(
@@ -123,7 +123,7 @@ class Steps:
             assigned = stack.enter_context(recorded_assignments())
             reduction = Reduction(self._collective, share, whole, self._statistics(), assigned)
             stack.enter_context(reduced_gradients(optimizers_of(self._model), reduction))
-            stack.enter_context(shared_means(self._counted(share, whole)))
+            stack.enter_context(shared_means(share))
             if not whole:
                 stack.enter_context(exact_losses(reduction))
             yield
@@ -145,13 +145,7 @@ class Steps:
             if tf.as_dtype(variable.dtype).is_floating and all(variable is not other for other in counted)
         ]
 
-    def _counted(self, share: tf.Tensor, whole: bool) -> tf.Tensor:
-        """What this rank's scalars count in a sum over ranks."""
-        if not whole:
-            return share
-        return tf.constant(1.0 if self._collective.rank == 0 else 0.0, tf.float64)
-
-    def _find_own_logs(self, flat: Sequence[tf.Tensor]) -> tuple[str, ...]:
+    def _find_own_logs(self, flat: Sequence[tf.Tensor], structure: Tree) -> tuple[str, ...]:
         """The names that a custom step returns, found by tracing it once into a graph that is thrown away."""
         method = "train_step" if self._kind == "train" else "test_step"
         if getattr(type(self._model), method) is getattr(keras.Model, method):
@@ -159,15 +153,23 @@ class Steps:
         names: list[str] = []
 
         def probe(*tensors: tf.Tensor) -> None:
-            data = keras_batch(tf.nest.pack_sequence_as(self._structure, [tensor[0] for tensor in tensors]))
+            data = keras_batch(tf.nest.pack_sequence_as(structure, [tensor[0] for tensor in tensors]))
             with self._over_ranks(tf.constant(1.0, tf.float64), False):
-                names.extend(getattr(self._model, method)(data))
+                names.extend(_flat(getattr(self._model, method)(data)))
 
         specs = [tf.TensorSpec([None, None, *tensor.shape[2:]], tensor.dtype) for tensor in flat]
         tf.function(probe, autograph=False).get_concrete_function(*specs)
         is_metrics = set(names) == set(self._model.get_metrics_result())
         self.own_logs = () if is_metrics else tuple(names)
         return self.own_logs
+
+
+def _flat(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step returned without the nesting that `{m.name: m.result() for m in self.metrics}` has, as Keras does."""
+    flat: dict[str, Any] = {}
+    for name, value in logs.items():
+        flat.update(_flat(value) if isinstance(value, Mapping) else {name: value})
+    return flat
 
 
 def concatenate(parts: Sequence[Sequence[Array]]) -> list[Array]:

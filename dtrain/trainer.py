@@ -6,6 +6,7 @@ nothing about training itself.
 
 import atexit
 import contextlib
+import logging
 import os
 import sys
 import weakref
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     import keras
 
     from dtrain.model import State
+
+log = logging.getLogger("dtrain")
 
 Config = TypeVar("Config")
 
@@ -90,7 +93,7 @@ class Trainer:
         tracking: bool | MLflowConfig = True,
     ) -> None:
         arguments.check_platform()
-        arguments.check_model_fn(model_fn, config)
+        self._pickled_model_fn = arguments.pickled_model_fn(model_fn, config)
         self.num_workers, self._resources = arguments.check_resources(
             num_workers, use_gpu, resources_per_worker, placement_strategy
         )
@@ -118,6 +121,8 @@ class Trainer:
         self._model: keras.Model | None = None
         self._model_is_current = True  # or the workers have trained on since it was read
         self._pending: State | None = None  # what the workers get as soon as there are any
+        self._weights_are_lost = False  # the workers died with them
+        self._newest_checkpoint: str | None = None
         _shut_down_at_exit(self)
 
     # --- Keras's verbs
@@ -235,13 +240,15 @@ class Trainer:
     @property
     def model(self) -> "keras.Model":
         """A local keras.Model with the weights as they are now; built when first asked for, on the CPU."""
+        if self._model is None:
+            _hide_gpus()  # before anything else imports TensorFlow
         from dtrain.model import build_variables, make_model, write_state
 
         if self._model is None:
-            _hide_gpus()
             self._model = make_model(self.model_fn, self.config)
-        if self._example is not None:
+        if self._model.built or self._example is not None:
             build_variables(self._model, keras_batch(self._example))
+        self._fall_back()
         state = self._pending
         if state is None and not self._model_is_current and self._group is not None:
             state = self._group.call("read_state")[0]
@@ -292,9 +299,8 @@ class Trainer:
     def shutdown(self, keep_weights: bool = True) -> None:
         """Stop the workers. The weights are kept unless told otherwise; the next verb starts workers again."""
         if self._group is not None:
-            with contextlib.suppress(DtrainError):  # a group that failed has nothing to give
-                if keep_weights and not self._model_is_current and self._pending is None:
-                    self._pending = self._group.call("read_state")[0]
+            if keep_weights:
+                self._keep_weights(self._group)
             self._group.close()
             self._group = None
         if self._owns_ray:
@@ -311,6 +317,7 @@ class Trainer:
         self, source: DataSource, display: ProgressBar, run_name: str | None = None, with_loss: bool = True
     ) -> WorkerGroup:
         """The group of workers, with the model built from `source`; its processes start now unless they run."""
+        self._fall_back()
         if self._group is None or self._group.closed:
             self._owns_ray |= cluster.connect(self._address)
             cluster.check_resources(self.num_workers, self._resources)
@@ -337,7 +344,7 @@ class Trainer:
         )
         group = WorkerGroup(spec)
         group.start(display.status)
-        group.call("make_model", self.model_fn, self.config)
+        group.call("make_model", self._pickled_model_fn)
         return group
 
     def _settings(self, run_name: str, cpus: float, workers_on_node: int) -> WorkerSettings:
@@ -360,6 +367,34 @@ class Trainer:
     def weights_change(self) -> None:
         """The workers are about to train: the local model is no longer current."""
         self._model_is_current = False
+
+    def keep_for_fall_back(self, checkpoint: str) -> None:
+        """The newest checkpoint: what goes on from there if the workers are lost."""
+        self._newest_checkpoint = checkpoint
+
+    def _keep_weights(self, group: WorkerGroup) -> None:
+        """Take the weights from workers that are about to end."""
+        if self._model_is_current or self._pending is not None:
+            return
+        self._weights_are_lost = True
+        with contextlib.suppress(DtrainError):
+            if not group.closed:
+                self._pending, self._weights_are_lost = group.call("read_state")[0], False
+
+    def _fall_back(self) -> None:
+        """Where workers died with the weights, go on from the newest checkpoint, or from the factory's weights."""
+        if self._group is not None and self._group.closed:
+            self._keep_weights(self._group)
+            self._group = None
+        if not self._weights_are_lost:
+            return
+        self._weights_are_lost, self._model_is_current = False, True
+        if self._newest_checkpoint is None:
+            log.warning("the workers died with the weights, and there is no checkpoint: starting again from model_fn's")
+            self._model = None
+        else:
+            log.warning("the workers died with the weights: going on from %s", self._newest_checkpoint)
+            self.restore(self._newest_checkpoint)
 
     def _send_model(self) -> None:
         """Give the workers the local model's weights, now or when they start."""
@@ -390,7 +425,7 @@ class Trainer:
         with ProgressBar(verbose, 1, steps, self.num_workers, task=task) as display:
             group = self.start(source, display, with_loss=task == "evaluate")
             controller = Controller(group, NullTracker(), display)
-            return controller.run_pass(task, plan, cluster.put(source), cluster.put(hooks))
+            return controller.run_pass(task, plan, cluster.put(source), arguments.pickled("callbacks", hooks))
 
     def _on_batch(self, kind: str, source: DataSource) -> Logs:
         with ProgressBar(0) as display:
@@ -444,7 +479,8 @@ def _keras_settings() -> dict[str, Any]:
 
 def _hide_gpus() -> None:
     """Keep the driver's model off the GPUs, which are the workers'."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # TensorFlow reports CPU features, and on machines without a GPU an error about that, in the user's terminal.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
 
     with contextlib.suppress(RuntimeError):  # the user's own code has initialised them already

@@ -139,6 +139,24 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class ModelDescription:
+    """What is recorded of a model: plain values, made on a worker, read in the driver."""
+
+    name: str
+    summary: str
+    num_parameters: int
+    num_trainable: int
+    optimizer: str
+    loss: str
+    metrics: tuple[str, ...]
+    learning_rate: float | None
+    signature: str
+    """A digest of the variables' names, shapes and dtypes and of the compile configuration."""
+    exceptions: tuple[str, ...]
+    """Sentences on layers for which several workers do not compute what one would."""
+
+
+@dataclass(frozen=True)
 class WorkerSettings:
     """What a worker sets up before it runs any of the user's code.
 

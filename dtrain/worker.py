@@ -11,12 +11,14 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from dtrain.errors import DtrainError
+import cloudpickle
+
+from dtrain.errors import ConfigError, DtrainError
 from dtrain.types import (
     BatchPlan,
     Failure,
@@ -94,11 +96,12 @@ class Worker:
         self._collective = group
 
     @_reported
-    def make_model(self, model_fn: Callable[..., Any], config: Mapping[str, Any] | None) -> None:
+    def make_model(self, pickled_model_fn: bytes) -> None:
         """Call the user's factory."""
         from dtrain.model import make_model
         from dtrain.replica import Replica
 
+        model_fn, config = _unpickled("model_fn", pickled_model_fn)
         self._replica = Replica(make_model(model_fn, config), self._collective)
 
     @_reported
@@ -110,8 +113,8 @@ class Worker:
         return describe(self._replica.model)
 
     @_reported
-    def begin_fit(self, plan: FitPlan, train: Any, validation: Any, callbacks: Sequence[Any]) -> None:
-        self._replica.begin_fit(plan, train, validation, callbacks)
+    def begin_fit(self, plan: FitPlan, train: Any, validation: Any, callbacks: bytes) -> None:
+        self._replica.begin_fit(plan, train, validation, _unpickled("callbacks", callbacks))
 
     @_reported
     def run(self, segment: Segment) -> SegmentResult:
@@ -128,13 +131,13 @@ class Worker:
         return history, [export_state(callback) for callback in callbacks] if self._rank == 0 else []
 
     @_reported
-    def evaluate(self, plan: BatchPlan, source: Any, callbacks: Sequence[Any]) -> Logs:
-        logs: Logs = self._replica.evaluate(plan, source, callbacks)
+    def evaluate(self, plan: BatchPlan, source: Any, callbacks: bytes) -> Logs:
+        logs: Logs = self._replica.evaluate(plan, source, _unpickled("callbacks", callbacks))
         return logs
 
     @_reported
-    def predict(self, plan: BatchPlan, source: Any, callbacks: Sequence[Any]) -> Tree:
-        return self._replica.predict(plan, source, callbacks)
+    def predict(self, plan: BatchPlan, source: Any, callbacks: bytes) -> Tree:
+        return self._replica.predict(plan, source, _unpickled("callbacks", callbacks))
 
     @_reported
     def on_batch(self, kind: str, batch: Any) -> Logs:
@@ -196,6 +199,17 @@ class _Tee(io.TextIOBase):
         with self._lock:
             *lines, self._text = self._text.split("\n")
         return tuple(line for line in lines if not line.startswith(_RAY_MARKS))
+
+
+def _unpickled(name: str, data: bytes) -> Any:
+    """What the driver pickled: the user's own code, by whoever may run code here anyway."""
+    try:
+        return cloudpickle.loads(data)
+    except ImportError as error:
+        raise ConfigError(
+            f"{name} needs a module that the workers cannot import ({error}); install it on every node, or send your"
+            ' code along with runtime_env={"working_dir": "."}'
+        ) from error
 
 
 def _failure(error: Exception) -> Failure:

@@ -9,21 +9,18 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dtrain.cluster import NAMESPACE, who_is_using
 from dtrain.errors import ConfigError, WorkerError
 from dtrain.rendezvous import RendezvousServer, assign
-from dtrain.types import Failure, Progress, WorkerInfo, WorkerSettings
+from dtrain.types import Failure, ModelDescription, Progress, WorkerInfo, WorkerSettings
 from dtrain.worker import Worker
-
-if TYPE_CHECKING:
-    from dtrain.model import ModelDescription
 
 log = logging.getLogger("dtrain")
 
@@ -216,15 +213,16 @@ class WorkerGroup:
 def _outcome(call: Any) -> Any:
     try:
         return ray.get(call, timeout=60)
-    except (ActorDiedError, RayActorError, WorkerCrashedError) as error:
+    except (RayActorError, WorkerCrashedError) as error:
         return Failure(error=_why_it_died(error), traceback="")
     except RayTaskError as error:
         return Failure(error=str(error.cause), traceback=error.traceback_str)
+    except RayError as error:
+        return Failure(error=f"{type(error).__name__}: {error}", traceback="")
 
 
 def _why_it_died(error: Exception) -> str:
-    text = str(error)
-    if "OOM" in text or "out of memory" in text.lower():
+    if "memory pressure" in str(error) or "running low on memory" in str(error):
         return "the process was killed for lack of memory; use a smaller batch_size, or nodes with more memory"
     return (
         "the process died (killed, or crashed in native code); its output is in Ray's logs,"

@@ -27,7 +27,7 @@ print(json.dumps({"nodes": alive, "cpus": ray.cluster_resources()["CPU"]}))
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A home of its own, so that the user's token and cluster are left alone; the cluster is stopped whatever happens."""
+    """A home of its own, so that the user's token and cluster are left alone; whatever happens, it is stopped."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
         "HOME": str(tmp_path),
         "DTRAIN_LOCAL_CLUSTER": str(tmp_path / "state"),

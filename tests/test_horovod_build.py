@@ -1,4 +1,4 @@
-"""Claims about how Horovod is built (dtrain/_horovod_cmake.py, dtrain/horovod_build.py) and about the one that is installed."""
+"""Claims about how Horovod is built (_horovod_cmake.py, horovod_build.py) and about the one that is installed."""
 
 import os
 import socket

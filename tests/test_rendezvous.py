@@ -1,4 +1,4 @@
-"""Claims about dtrain/rendezvous.py: who is rank what, what the server lets through, and that Horovod starts through it."""
+"""Claims about rendezvous.py: who is rank what, what the server lets through, and that Horovod starts through it."""
 
 import os
 import re

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtrain import tracking
+from dtrain import description, mlflow_run, tracking
 from dtrain.config import MLflowConfig
 from dtrain.errors import ConfigError, TrackingError
 from dtrain.tracking import DatasetDescription, MLflowTracker, NullTracker, RunDescription, Tracker
@@ -35,6 +35,7 @@ DESCRIPTION = RunDescription(run_name="a run", params={"epochs": 2})
 @pytest.fixture(autouse=True)
 def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", DEADLINE)
     for name in list(os.environ):
         if name.startswith("MLFLOW_") and name != "MLFLOW_DISABLE_TELEMETRY":
             monkeypatch.delenv(name)
@@ -160,7 +161,7 @@ def test_limits_of_mlflow_are_kept(config: MLflowConfig, tmp_path: Path) -> None
     [("loss", "loss"), ("a/b", "a/b"), ("/a", "_a"), ("a//b", "a__b"), ("..", "__"), (".", "_"), ("a/../b", "a____b")],
 )
 def test_names_lead_nowhere(key: str, name: str) -> None:
-    assert tracking._name(key) == name
+    assert mlflow_run._name(key) == name
 
 
 # Per-step series
@@ -207,22 +208,6 @@ def test_log_every_keeps_every_nth_step_and_the_last(database: str, tmp_path: Pa
     assert [value for _, value in got[:-1]] == [float(step) for step, _ in got[:-1]]
 
 
-def test_means_do_not_depend_on_where_segments_end() -> None:
-    steps, values = np.arange(1000), np.random.default_rng(0).normal(size=1000)
-    times = 5000 + steps * 7
-
-    def thinned(cuts: list[int]) -> list[tracking.Point]:
-        thinner = tracking._Thinner(None)
-        found = []
-        for part in np.split(steps, cuts):
-            found += thinner.feed(part, times[part], {"loss": values[part]})
-        return found + thinner.flush()
-
-    whole = thinned([])
-    assert thinned([1, 2, 333, 334, 900]) == whole
-    assert whole[-1][3] == 999
-
-
 def test_a_step_is_recorded_once_though_it_is_trained_twice(config: MLflowConfig, tmp_path: Path) -> None:
     tracker = MLflowTracker(config, tmp_path / "journal.jsonl")
     tracker.start(DESCRIPTION)
@@ -247,9 +232,8 @@ def test_a_restarted_job_goes_on_in_the_same_run(config: MLflowConfig, tmp_path:
     first.start(DESCRIPTION)
     first.log_steps(0, {"loss": np.arange(25.0)}, seconds=2.5)
     first.log(25, {"epoch_loss": 3.0})
-    wait_for(lambda: first._sender._offset == first._journal.size, "delivery")
-    first._sender._stopping = True  # As a kill would: nothing is flushed or finished.
-    first._sender.wake()
+    wait_for(lambda: first._sender.done, "delivery")
+    first._sender.stop()  # As a kill would: nothing is flushed or finished.
     with journal.open("ab") as file:
         file.write(b'{"event":"metrics","step":26,"metr')  # Half a line.
 
@@ -290,7 +274,7 @@ def test_a_failing_store_is_one_line_and_nothing_is_lost(
     tracker.start(DESCRIPTION)
     for step in range(1, 6):
         tracker.log(step, {"loss": 1.0 / step})
-    wait_for(lambda: tracker._sender._failures >= 2, "second attempt")
+    wait_for(lambda: tracker._sender.failures >= 2, "second attempt")
     assert [record.levelname for record in caplog.records if record.name == "dtrain"] == ["WARNING"]
     assert "CANARY" not in caplog.text
     client.error = None
@@ -304,10 +288,10 @@ def test_a_deleted_run_can_be_restored_while_training_goes_on(
     client = MlflowClient(config.tracking_uri)
     tracker = MLflowTracker(config, tmp_path / "journal.jsonl")
     tracker.start(DESCRIPTION)
-    wait_for(lambda: tracker._sender._offset == tracker._journal.size, "delivery")
+    wait_for(lambda: tracker._sender.done, "delivery")
     client.delete_run(str(tracker.run_id))
     tracker.log(1, {"loss": 1.0})
-    wait_for(lambda: tracker._sender._failures, "failure")
+    wait_for(lambda: tracker._sender.failures, "failure")
     assert "the run was deleted" in caplog.text
     client.restore_run(str(tracker.run_id))
     tracker.finish("FINISHED")
@@ -338,65 +322,83 @@ def test_replay_of_no_journal_says_so(tmp_path: Path) -> None:
         tracking.replay(tmp_path / "none.jsonl")
 
 
-def test_a_full_disk_does_not_stop_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    journal = tracking.Journal(tmp_path / "journal.jsonl")
-    journal.append({"event": "text", "n": 1})
-    write = os.write
-
-    def full(fd: int, data: bytes) -> int:
-        write(fd, data[:5])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "write", full)
-    journal.append({"event": "text", "n": 2})
-    journal.append({"event": "text", "n": 3})
-    monkeypatch.setattr(os, "write", write)
-    journal.append({"event": "text", "n": 4})
-    assert [line["n"] for line in lines(journal.path, "text")] == [1, 2, 3, 4]
-    assert [event["n"] for event, _ in journal.read(0) if event] == [1, 2, 3, 4]
-    assert len([r for r in caplog.records if "wait in memory" in r.message]) == 1
-
-
 # A real server
 
 
 class Server:
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._folder = folder
-        self.start()
+    """An MLflow server behind a line that can be cut: to a client the server is gone, and nothing need start again."""
 
-    def start(self) -> None:
+    def __init__(self, database: str, folder: Path) -> None:
+        port = _free_port()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1",
-             "--port", str(self.port), "--backend-store-uri", f"sqlite:///{self._folder}/server.db",
-             "--artifacts-destination", str(self._folder / "artifacts")],
-            cwd=self._folder, start_new_session=True,
-            stdout=(self._folder / "server.log").open("ab"), stderr=subprocess.STDOUT,
+            [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port),
+             "--backend-store-uri", database, "--artifacts-destination", str(folder / "artifacts")],
+            cwd=folder, start_new_session=True, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=(folder / "server.log").open("ab"), stderr=subprocess.STDOUT,
         )  # fmt: skip
-        wait_for(self._answers, "MLflow server")
+        self._target = ("127.0.0.1", port)
+        self._port = _free_port()
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self._sockets: list[socket.socket] = []
+        self.connect()
+        wait_for(lambda: self._answers(folder), "MLflow server")
+
+    def connect(self) -> None:
+        listener = socket.create_server(("127.0.0.1", self._port))
+        self._sockets.append(listener)
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+
+    def cut(self) -> None:
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        self._sockets.clear()
 
     def stop(self) -> None:
+        self.cut()
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def _answers(self) -> bool:
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                try:
+                    far = socket.create_connection(self._target)
+                except OSError:
+                    near.close()
+                    continue
+                self._sockets += [near, far]
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=(source, sink), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def _answers(self, folder: Path) -> bool:
         import requests
 
-        assert self._process.poll() is None, (self._folder / "server.log").read_text()
+        assert self._process.poll() is None, (folder / "server.log").read_text()
         with contextlib.suppress(requests.RequestException):
             return bool(requests.get(f"{self.uri}/health", timeout=5).ok)
         return False
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("server"))
+def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Stands on the database that all tests use: making another would take as long as starting it."""
+    MlflowClient(database).search_experiments()
+    running = Server(database, tmp_path_factory.mktemp("server"))
     yield running
     running.stop()
 
@@ -404,23 +406,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.mark.timeout(400)
 def test_points_are_complete_and_none_doubled_after_the_server_was_away(server: Server, tmp_path: Path) -> None:
     with_secret = server.uri.replace("http://", "http://user:CANARY@")
-    tracker = MLflowTracker(MLflowConfig(tracking_uri=with_secret), tmp_path / "journal.jsonl")
+    tracker = MLflowTracker(MLflowConfig(tracking_uri=with_secret, experiment_name="away"), tmp_path / "journal.jsonl")
     tracker.check()
     tracker.start(DESCRIPTION)
     tracker.log(1, {"loss": 1.0})
-    wait_for(lambda: tracker._sender._offset == tracker._journal.size, "delivery")
-    server.stop()
+    wait_for(lambda: tracker._sender.done, "delivery")
+    server.cut()
     for step in range(2, 50):
         tracker.log(step, {"loss": 1.0 / step})
-    wait_for(lambda: tracker._sender._failures >= 2, "failures")
-    server.start()
+    wait_for(lambda: tracker._sender.failures >= 2, "failures")
+    server.connect()
     tracker.log(50, {"loss": 0.02})
     tracker.finish("FINISHED")
 
     client = MlflowClient(server.uri)
     assert client.get_run(str(tracker.run_id)).info.status == "FINISHED"
     assert [step for step, _ in points(client, tracker.run_id, "loss")] == list(range(1, 51))
-    assert tracker.url() == f"{server.uri}/#/experiments/{tracker._sender.run.experiment_id}/runs/{tracker.run_id}"
+    assert tracker.url() == f"{server.uri}/#/experiments/{tracker._run.experiment_id}/runs/{tracker.run_id}"
     assert tracker.open_command() == tracker.url()
 
 
@@ -430,7 +432,7 @@ def test_secrets_are_masked(
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="dtrain")
     uri = server.uri.replace("http://", "http://user:CANARY@")
-    tracker = MLflowTracker(MLflowConfig(tracking_uri=uri), tmp_path / "journal.jsonl")
+    tracker = MLflowTracker(MLflowConfig(tracking_uri=uri, experiment_name="secret"), tmp_path / "journal.jsonl")
     storage = "s3://key:CANARY@bucket/runs"
     tracker.start(RunDescription(run_name="secret", params={"storage": storage}, tags={"t": storage}, summary=storage))
     tracker.log_text(f"see {storage}", "text.txt")
@@ -500,11 +502,10 @@ def test_a_server_that_cannot_answer_is_no_error_and_is_asked_again(stub: Stub, 
     before = stub.requests
     tracker.start(DESCRIPTION)
     # Retry-After says an hour and MLflow's own retries take minutes; neither rules here.
-    wait_for(lambda: tracker._sender._failures >= 2, "second attempt")
+    wait_for(lambda: tracker._sender.failures >= 2, "second attempt")
     assert stub.requests >= before + 2
     assert tracker.run_id is None
-    tracker._sender._stopping = True
-    tracker._sender.wake()
+    tracker._sender.stop()
 
 
 def test_a_server_that_is_down_is_no_error(tmp_path: Path) -> None:
@@ -528,15 +529,18 @@ def test_what_the_config_leaves_open_comes_from_the_environment(
     def tracker(**given: Any) -> MLflowTracker:
         return MLflowTracker(MLflowConfig(**given), tmp_path / "journal.jsonl")
 
+    def experiment(tracker: MLflowTracker) -> tuple[str | None, str | None]:
+        return tracker._run.experiment_name, tracker._run._given_experiment_id
+
     assert tracker().open_command() == "mlflow ui --backend-store-uri sqlite:///mlflow.db"
-    assert tracker()._experiment == ("dtrain", None)
+    assert experiment(tracker()) == ("dtrain", None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "7")
     assert tracker().open_command() == "http://127.0.0.1:1"
-    assert tracker()._experiment == (None, "7")
+    assert experiment(tracker()) == (None, "7")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "named")
-    assert tracker()._experiment == ("named", None)
-    assert tracker(experiment_name="given")._experiment == ("given", None)
+    assert experiment(tracker()) == ("named", None)
+    assert experiment(tracker(experiment_name="given")) == ("given", None)
 
 
 def test_retries_are_short_on_our_thread_only_and_the_users_setting_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -544,7 +548,7 @@ def test_retries_are_short_on_our_thread_only_and_the_users_setting_wins(monkeyp
 
     usual = RETRIES.get()
     elsewhere = []
-    with tracking._settings_for_this_thread(tracking.SEND_SETTINGS):
+    with mlflow_run.settings_for_this_thread(mlflow_run.SEND_SETTINGS):
         assert RETRIES.get() == 1 < usual
         thread = threading.Thread(target=lambda: elsewhere.append(RETRIES.get()))
         thread.start()
@@ -638,17 +642,24 @@ def test_the_null_tracker_takes_everything() -> None:
 def test_tags_name_the_commit_and_whether_it_is_dirty(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text("1\n")
-    assert "mlflow.source.git.commit" not in tracking.environment_tags(str(script))
+    assert "mlflow.source.git.commit" not in description.environment_tags(str(script))
     identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
     for command in (["init", "-q"], ["add", "train.py"], [*identity, "commit", "-qm", "first"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    tags = tracking.environment_tags(str(script))
+    tags = description.environment_tags(str(script))
     assert len(tags["mlflow.source.git.commit"]) == 40
     assert (tags["mlflow.source.git.dirty"], tags["mlflow.source.name"]) == ("false", str(script))
     script.write_text("2\n")
-    assert tracking.environment_tags(str(script))["mlflow.source.git.dirty"] == "true"
+    assert description.environment_tags(str(script))["mlflow.source.git.dirty"] == "true"
 
 
-def test_importing_it_does_not_import_mlflow() -> None:
-    code = "import sys, dtrain.tracking; assert 'mlflow' not in sys.modules and 'keras' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(tracking.__file__).parents[1])
+def test_the_caller_does_not_wait_for_mlflows_import(tmp_path: Path) -> None:
+    code = (
+        "import sys, dtrain.tracking as t, dtrain.config as c\n"
+        "run = t.MLflowTracker(c.MLflowConfig(), sys.argv[1])\n"
+        "run._sender.start = lambda: None\n"
+        "run.check()\n"
+        "assert not {'mlflow', 'keras', 'tensorflow'} & sys.modules.keys()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(tracking.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "journal.jsonl")], check=True, env=environment)

@@ -194,7 +194,7 @@ def describe(source: DataSource, *, sample_bytes: int = 64 << 20) -> Description
 
 def keras_batch(batch: Tree) -> Tree:
     """A batch as Keras hands it to `train_step`: an `x` without `y` comes bare, unless it is itself a tuple."""
-    return batch[0] if len(batch) == 1 and not isinstance(batch[0], tuple) else batch
+    return batch[0] if batch is not None and len(batch) == 1 and not isinstance(batch[0], tuple) else batch
 
 
 def map_tree(function: Callable[[Array], Any], tree: Tree) -> Tree:

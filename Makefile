@@ -1,0 +1,42 @@
+# One word each for what people do daily. CI calls exactly these.
+
+SHELL := /bin/bash
+UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
+RUN := $(UV) run --frozen --no-sync
+DATA ?= mnist
+
+.PHONY: help setup quickstart test test-fast check clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.tools/bin/uv: # only where there is no uv
+	python3 -m venv .tools
+	.tools/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
+
+.PHONY: tools
+tools: $(if $(findstring .tools,$(UV)),.tools/bin/uv)
+	@for tool in g++ make cmake; do command -v $$tool >/dev/null || { \
+	  echo "make setup: $$tool is missing, which builds Horovod; on Debian and Ubuntu: apt-get install g++ make cmake"; \
+	  exit 1; }; done
+
+setup: tools ## the locked environment in .venv, with Horovod built from its sources (some minutes the first time)
+	$(UV) sync --frozen --all-extras --no-extra gpu
+
+quickstart: setup ## train a small network on real digits on 2 workers (DATA=fashion-mnist: on 60,000 images)
+	$(RUN) python examples/mnist.py --data $(DATA)
+
+test: setup ## the whole test suite
+	$(RUN) pytest
+
+test-fast: setup ## what is worth running after every change
+	$(RUN) pytest -m "not slow"
+
+check: setup ## ruff, mypy, the fences, links in Markdown
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(RUN) pytest -q tests/test_fences.py tests/test_docs.py
+
+clean: ## what building and running left here
+	rm -rf .venv .tools .mypy_cache .pytest_cache .ruff_cache dtrain_runs

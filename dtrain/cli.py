@@ -1,0 +1,655 @@
+"""Owns the command line: `dtrain fit`, `evaluate`, `predict`, `runs`, `doctor` and `install-horovod`.
+
+It finds what the user named, calls Trainer and prints what came of it; it decides nothing about training. Whatever is
+slow to import is imported by the command that needs it, so that `dtrain --help` answers at once.
+
+Exit codes: 0 done; 1 failed; 2 usage; 130 interrupted. Results go to standard output, all else to standard error.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import math
+import operator
+import os
+import re
+import secrets
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dtrain import __version__
+from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+    from dtrain.history import History
+    from dtrain.trainer import Trainer
+
+INTERRUPTED = 130
+"""Typer's exit code after Ctrl-C."""
+
+app = typer.Typer(
+    name="dtrain",
+    help="Train a compiled Keras 3 model on many workers as if they were one.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: rich's cuts the options' names off
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Factory = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FACTORY",
+        help="The function that makes and compiles the model. MODULE: an importable module, or a path to a .py file.",
+    ),
+]
+Loader = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="MODULE:LOADER",
+        help="The function that returns the data: (x, y), (x, y, sample_weight), a dtrain.data source, or a dict of"
+        " these with train, and if you like validation and test.",
+    ),
+]
+NumWorkers = Annotated[int, typer.Option(help="How many workers hold a replica each.")]
+BatchSize = Annotated[int | None, typer.Option(help="Rows in a mini-batch of the whole job; 32 unless given.")]
+StoragePath = Annotated[str, typer.Option(help="Folder or fsspec URL of the runs.")]
+Address = Annotated[str | None, typer.Option(help="Of a Ray cluster; else RAY_ADDRESS, else a local Ray.")]
+UseGpu = Annotated[bool, typer.Option("--use-gpu", help="One GPU for each worker.")]
+Threads = Annotated[int | None, typer.Option(help="TensorFlow threads of each worker; else chosen for the machine.")]
+Verbose = Annotated[int | None, typer.Option(help="0: silent; 1: a bar; 2: a line an epoch.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="An entry of FACTORY's config: JSON, else text. Any number."),
+]
+CheckpointUrl = Annotated[str | None, typer.Option("--checkpoint", metavar="URL", help="Use this checkpoint.")]
+RunName = Annotated[str | None, typer.Option("--run-name", help="Use this run's newest checkpoint that is whole.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit code."""
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _note("interrupted")
+        raise
+    except (ConfigError, DataError) as error:
+        _end(str(error), 2)
+    except DtrainError as error:
+        _end(str(error), 1)
+
+
+def _end(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"dtrain {__version__}")
+        raise typer.Exit
+
+
+# Commands -------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def fit(
+    factory: Factory,
+    data: Loader,
+    num_workers: NumWorkers = 1,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 1,
+    batch_size: BatchSize = None,
+    steps_per_epoch: Annotated[int | None, typer.Option(help="Mini-batches in an epoch; else one pass.")] = None,
+    initial_epoch: Annotated[int, typer.Option(help="The epoch to begin with, from 0.")] = 0,
+    shuffle: Annotated[bool, typer.Option(help="Another order of the rows in every epoch.")] = True,
+    validation_split: Annotated[float, typer.Option(help="Share of the rows, from the end, to validate on.")] = 0.0,
+    validation_steps: Annotated[int | None, typer.Option(help="Mini-batches of a validation; else all.")] = None,
+    validation_batch_size: Annotated[int | None, typer.Option(help="Else that of training.")] = None,
+    validation_freq: Annotated[int, typer.Option(help="Validate after every n-th epoch.")] = 1,
+    settings: Settings = None,
+    seed: Annotated[int, typer.Option(help="Of weights, shuffling and random layers.")] = 0,
+    run_name: Annotated[str | None, typer.Option(help="Names the run and its folder; else a unique one.")] = None,
+    storage_path: StoragePath = "dtrain_runs",
+    checkpoint: Annotated[bool, typer.Option(help="Write a checkpoint after every epoch.")] = True,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow's; else MLFLOW_TRACKING_URI, else SQLite.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="MLflow's; else MLFLOW_EXPERIMENT_NAME, else dtrain.")] = None,
+    no_tracking: Annotated[bool, typer.Option("--no-tracking", help="Record nothing in MLflow.")] = False,
+    address: Address = None,
+    use_gpu: UseGpu = False,
+    threads_per_worker: Threads = None,
+    verbose: Verbose = None,
+) -> None:
+    """Train a model."""
+    if no_tracking and (tracking_uri is not None or experiment is not None):
+        raise ConfigError("--no-tracking contradicts --tracking-uri and --experiment; leave out one or the other")
+    config = read_settings(settings or [])
+    make_model, load = find_function("MODULE:FACTORY", factory), find_function("--data", data)
+
+    from dtrain.config import MLflowConfig
+
+    with _trainer(
+        make_model,
+        config,
+        num_workers=num_workers,
+        seed=seed,
+        run_name=run_name,
+        storage_path=storage_path,
+        checkpoint=checkpoint,
+        tracking=not no_tracking and MLflowConfig(tracking_uri=tracking_uri, experiment_name=experiment),
+        address=address,
+        use_gpu=use_gpu,
+        threads_per_worker=threads_per_worker,
+    ) as trainer:
+        parts = _load(data, load)
+        if "train" not in parts:
+            raise DataError(f"--data={data!r} returned a dict without 'train'; fit needs it")
+        x, y, sample_weight = _as_triple(parts["train"])
+        history = trainer.fit(
+            x,
+            y,
+            batch_size=batch_size,
+            epochs=epochs,
+            verbose="auto" if verbose is None else verbose,
+            validation_split=validation_split,
+            validation_data=parts.get("validation"),
+            shuffle=shuffle,
+            sample_weight=sample_weight,
+            initial_epoch=initial_epoch,
+            steps_per_epoch=steps_per_epoch,
+            validation_steps=validation_steps,
+            validation_batch_size=validation_batch_size,
+            validation_freq=validation_freq,
+        )
+    _print_history(history)
+
+
+@app.command()
+def evaluate(
+    factory: Factory,
+    data: Loader,
+    checkpoint: CheckpointUrl = None,
+    run_name: RunName = None,
+    num_workers: NumWorkers = 1,
+    batch_size: BatchSize = None,
+    steps: Annotated[int | None, typer.Option(help="Mini-batches to evaluate on; else all.")] = None,
+    settings: Settings = None,
+    storage_path: StoragePath = "dtrain_runs",
+    address: Address = None,
+    use_gpu: UseGpu = False,
+    threads_per_worker: Threads = None,
+    verbose: Verbose = None,
+    as_json: Json = False,
+) -> None:
+    """Print a checkpoint's loss and metrics.
+
+    On the test data if there is any, else the validation data, else the training data.
+    """
+    with _restored(
+        factory,
+        data,
+        find_checkpoint(checkpoint, run_name, storage_path),
+        settings,
+        num_workers=num_workers,
+        address=address,
+        use_gpu=use_gpu,
+        threads_per_worker=threads_per_worker,
+    ) as (trainer, (x, y, sample_weight)):
+        logs = trainer.evaluate(
+            x,
+            y,
+            batch_size=batch_size,
+            verbose=_verbosity(verbose, as_json),
+            sample_weight=sample_weight,
+            steps=steps,
+            return_dict=True,
+        )
+    if as_json:
+        print(json.dumps(_finite(logs)))
+    else:
+        _print_metrics(logs)
+
+
+@app.command()
+def predict(
+    factory: Factory,
+    data: Loader,
+    output: Annotated[Path, typer.Option(help="The .npz file to write; several outputs become several arrays.")],
+    checkpoint: CheckpointUrl = None,
+    run_name: RunName = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
+    num_workers: NumWorkers = 1,
+    batch_size: BatchSize = None,
+    steps: Annotated[int | None, typer.Option(help="Mini-batches to predict; else all.")] = None,
+    settings: Settings = None,
+    storage_path: StoragePath = "dtrain_runs",
+    address: Address = None,
+    use_gpu: UseGpu = False,
+    threads_per_worker: Threads = None,
+    verbose: Verbose = None,
+) -> None:
+    """Write a checkpoint's predictions to a file.
+
+    Of the test data if there is any, else the validation data, else the training data.
+    """
+    _check_output(output, force)
+    with _restored(
+        factory,
+        data,
+        find_checkpoint(checkpoint, run_name, storage_path),
+        settings,
+        num_workers=num_workers,
+        address=address,
+        use_gpu=use_gpu,
+        threads_per_worker=threads_per_worker,
+    ) as (trainer, (x, _, _)):
+        predictions = trainer.predict(x, batch_size=batch_size, verbose=_verbosity(verbose), steps=steps)
+    arrays = name_arrays(predictions)
+    write_npz(output, arrays)
+    for name, array in arrays.items():
+        print(f"{output}: {name} {array.dtype} {array.shape}")
+
+
+@app.command()
+def runs(storage_path: StoragePath = "dtrain_runs", as_json: Json = False) -> None:
+    """List the runs in the storage path."""
+    from dataclasses import asdict
+
+    from dtrain.runs import list_runs
+
+    found = list_runs(storage_path)
+    if as_json:
+        print(json.dumps([{**asdict(run), "metrics": _finite(run.metrics)} for run in found]))
+        return
+    if not found:
+        _note(f"no runs in {storage_path}")
+        return
+    rows = [
+        [run.name, run.state, run.step, _one_line(run.metrics), run.checkpoint, run.mlflow_run_id or ""]
+        for run in found
+    ]
+    _print_table(["run", "state", "step", "metrics", "checkpoint", "MLflow run"], rows)
+
+
+@app.command()
+def doctor(storage_path: StoragePath = "dtrain_runs") -> None:
+    """Say what is wrong here and how to mend it.
+
+    Exit code 1 if something is wrong.
+    """
+    from dtrain.doctor import diagnose, render
+
+    findings = diagnose(storage_path)
+    _console().print(render(findings))
+    if any(finding.ok is False for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command("install-horovod")
+def install_horovod(
+    gpu: Annotated[bool, typer.Option("--gpu", help="With NCCL, for GPUs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the command, and run nothing.")] = False,
+) -> None:
+    """Build Horovod against the installed TensorFlow.
+
+    Needed after `pip install dtrain`, and after another TensorFlow was installed.
+    """
+    from dtrain.horovod_build import install_horovod
+
+    install_horovod(gpu=gpu, dry_run=dry_run)
+
+
+# What the user named --------------------------------------------------------------------------------------------------
+
+
+def read_settings(pairs: Sequence[str]) -> dict[str, Any] | None:
+    """The config that `--set key=value ...` stands for, each value JSON, else text; None if there are none.
+
+    Raises:
+        ConfigError: one has no `=` or no key.
+    """
+    config: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set={pair!r} must be KEY=VALUE, such as --set units=64")
+        try:
+            config[key] = json.loads(value)
+        except ValueError:
+            config[key] = value
+    return config or None
+
+
+def find_function(argument: str, value: str) -> Any:
+    """What `MODULE:NAME` names. What comes from files of the user's travels to the workers with what uses it.
+
+    Args:
+        argument: what the user passed it as, for messages.
+        value: MODULE is a module that can be imported from here, or a path to a .py file.
+
+    Raises:
+        ConfigError: there is no such module, file or name.
+        DtrainError: the module raised; with the traceback.
+    """
+    place, _, name = value.rpartition(":")
+    if not place or not name:
+        raise ConfigError(
+            f"{argument}={value!r} must be MODULE:NAME, a module or a .py file and a function in it, such as"
+            " my_model.py:make_model"
+        )
+    is_file = place.endswith(".py") or os.sep in place
+    module = _import_file(argument, value, Path(place)) if is_file else _import_module(argument, value, place)
+    try:
+        found = operator.attrgetter(name)(module)
+    except AttributeError:
+        own = [key for key, item in vars(module).items() if getattr(item, "__module__", None) == module.__name__]
+        raise ConfigError(
+            f"{argument}={value!r}: {place} has no {name!r}; it must be a function in it, which has"
+            f" {', '.join(own[:9]) or 'none'}"
+        ) from None
+    if not callable(found):
+        raise ConfigError(f"{argument}={value!r} is of type {type(found).__name__}; it must be a function")
+    return found
+
+
+def find_checkpoint(url: str | None, run_name: str | None, storage_path: str) -> str:
+    """The URL of the checkpoint to use: the one given, or the run's newest that verifies.
+
+    Raises:
+        ConfigError: both or neither are given, or there is no such run.
+        CheckpointError: the run has none that verifies.
+    """
+    if (url is None) == (run_name is None):
+        given = "both were given" if url is not None else "neither was given"
+        raise ConfigError(f"give either --checkpoint URL or --run-name NAME; {given}")
+    if url is not None:
+        return url
+
+    from dtrain.runs import RunFolder, list_runs, validate_name
+
+    run = next((run for run in list_runs(storage_path) if run.name == validate_name(run_name or "")), None)
+    if run is None:
+        raise ConfigError(
+            f"--run-name={run_name!r} is no run in --storage-path={storage_path!r}; `dtrain runs` lists what is there"
+        )
+    loaded, refused = RunFolder(run.url).checkpoints.latest_valid()
+    for reason in refused:
+        _note(f"passed over: {reason}")
+    if loaded is None:
+        raise CheckpointError(f"--run-name={run_name!r} has no checkpoint that is whole; give --checkpoint of another")
+    _note(f"checkpoint {loaded.checkpoint.url}")
+    return loaded.checkpoint.url
+
+
+def _import_module(argument: str, value: str, name: str) -> ModuleType:
+    here = os.getcwd()
+    if "" not in sys.path and here not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` has it
+    with _users_code(argument, value), _travelling(Path(here)):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise  # it is there, and what it imports is not
+            raise ConfigError(
+                f"{argument}={value!r}: there is no module {error.name!r} on the path or in {here}; it must be an"
+                " importable module, or a path to a .py file"
+            ) from None
+
+
+def _import_file(argument: str, value: str, path: Path) -> ModuleType:
+    if path.suffix != ".py":
+        raise ConfigError(f"{argument}={value!r}: a path must lead to a .py file; add .py, or name a module: a.b:NAME")
+    if not path.is_file():
+        raise ConfigError(f"{argument}={value!r}: there is no file {path} (seen from {os.getcwd()}); check the path")
+    path = path.resolve()
+    name = re.sub(r"\W", "_", path.stem)
+    loaded = sys.modules.get(name)
+    if loaded is not None:
+        if getattr(loaded, "__file__", None) == str(path):
+            return loaded
+        name = f"{name}_py"  # a file called keras.py is not Keras
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # what lies beside it can be imported
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with _users_code(argument, value), _travelling(path.parent):
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return module
+
+
+@contextlib.contextmanager
+def _travelling(folder: Path) -> Iterator[None]:
+    """Send what is imported from `folder` to the workers by value: they may not have the files."""
+    import cloudpickle
+
+    before = set(sys.modules)
+    yield
+    installed = [Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib")]
+    for name in set(sys.modules) - before:
+        file = getattr(sys.modules[name], "__file__", None)
+        if not file or name.split(".")[0] == "dtrain" or not Path(file).is_relative_to(folder):
+            continue
+        if not any(Path(file).is_relative_to(place) for place in installed):
+            cloudpickle.register_pickle_by_value(sys.modules[name])
+
+
+@contextlib.contextmanager
+def _users_code(argument: str, value: str) -> Iterator[None]:
+    """Show what the user's own code raises with its traceback, from its first line on."""
+    try:
+        yield
+    except (DtrainError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        report = traceback.TracebackException.from_exception(error)
+        frames = [frame for frame in report.stack if not _leads_there(frame.filename)]
+        report.stack = traceback.StackSummary.from_list(frames)
+        raise DtrainError(f"{''.join(report.format())}\n{argument}={value!r} raised {type(error).__name__}") from error
+
+
+def _leads_there(filename: str) -> bool:
+    return filename == __file__ or filename.startswith("<frozen importlib") or "importlib" in Path(filename).parts
+
+
+# Trainer and data -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _trainer(make_model: Any, config: Mapping[str, Any] | None, **arguments: Any) -> "Iterator[Trainer]":
+    """A Trainer that is shut down whatever happens, at once: its weights are in the checkpoints."""
+    from dtrain.trainer import Trainer
+
+    trainer = Trainer(make_model, config=config, **arguments)
+    try:
+        yield trainer
+    finally:
+        trainer.shutdown(keep_weights=False)
+
+
+@contextlib.contextmanager
+def _restored(
+    factory: str, data: str, url: str, settings: Sequence[str] | None, **arguments: Any
+) -> "Iterator[tuple[Trainer, tuple[Any, Any, Any]]]":
+    """A Trainer with a checkpoint's weights, which records nothing, and the data to use it on."""
+    config = read_settings(settings or [])
+    make_model, load = find_function("MODULE:FACTORY", factory), find_function("--data", data)
+    with _trainer(make_model, config, checkpoint=False, tracking=False, **arguments) as trainer:
+        trainer.restore(url)
+        yield trainer, _as_triple(held_out(data, _load(data, load)))
+
+
+def _load(value: str, load: Any) -> dict[str, Any]:
+    """What the loader returned, by what it is for: train, validation, test."""
+    with _users_code("--data", value):
+        data = load()
+    if data is None:
+        raise DataError(f"--data={value!r} returned None; did you forget to return the data?")
+    parts = data if isinstance(data, dict) else {"train": data}
+    names = ("train", "validation", "test")
+    unknown = [key for key in parts if key not in names]
+    if unknown or not parts:
+        raise DataError(
+            f"--data={value!r} returned a dict with {', '.join(map(repr, unknown)) or 'nothing'}; its keys must be"
+            " 'train', and if you like 'validation' and 'test'. Inputs by name go into a tuple: ({...}, y)"
+        )
+    return {key: part for key, part in parts.items() if part is not None}
+
+
+def held_out(value: str, parts: Mapping[str, Any]) -> Any:
+    """The data to evaluate and predict on; says which."""
+    name = next((name for name in ("test", "validation", "train") if name in parts), None)
+    if name is None:
+        raise DataError(f"--data={value!r} returned a dict of nothing but None; it must hold 'train'")
+    _note(f"on the {name} data")
+    return parts[name]
+
+
+def _as_triple(data: Any) -> tuple[Any, Any, Any]:
+    """x, y and sample_weight of a data set; a source brings its own."""
+    if not isinstance(data, tuple):
+        return data, None, None
+    if not 1 <= len(data) <= 3:
+        raise DataError(f"--data returned a tuple of {len(data)}; it must be (x, y) or (x, y, sample_weight)")
+    x, y, sample_weight = (*data, None, None)[:3]
+    return x, y, sample_weight
+
+
+# Output ---------------------------------------------------------------------------------------------------------------
+
+
+def _console(stderr: bool = False) -> "Console":
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console.width = 10_000  # a file or a pipe has no width: no path is to be broken
+    return console
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _verbosity(verbose: int | None, as_json: bool = False) -> int | str:
+    return 0 if as_json else "auto" if verbose is None else verbose
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    _console().print(table)
+
+
+def _print_metrics(logs: Mapping[str, float]) -> None:
+    from dtrain.progress import format_metric
+
+    _print_table(["metric", "value"], [[name, format_metric(value)] for name, value in logs.items()])
+
+
+def _print_history(history: "History") -> None:
+    """What a fit came to and where it is."""
+    final = {name: values[-1] for name, values in history.history.items() if values}
+    lines = {
+        "metrics": _one_line(final) or "none: no epoch was trained",
+        "checkpoint": history.checkpoint,
+        "run folder": history.url,
+        "MLflow": history.open_command,
+    }
+    for name, text in lines.items():
+        if text:
+            print(f"{name + ':':<12}{text}")
+
+
+def _one_line(metrics: Mapping[str, float]) -> str:
+    from dtrain.progress import format_metric
+
+    return "  ".join(f"{name} {format_metric(value)}" for name, value in metrics.items())
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """For JSON, which has no word for NaN and infinity: null."""
+    return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def name_arrays(tree: Any, path: str = "") -> "dict[str, np.ndarray[Any, Any]]":
+    """The arrays of nested dicts, lists and tuples by their path, such as `boxes/0`; one alone is `predictions`."""
+    import numpy as np
+
+    if isinstance(tree, Mapping):
+        items = [(str(key), part) for key, part in tree.items()]
+    elif isinstance(tree, (list, tuple)):
+        items = [(str(index), part) for index, part in enumerate(tree)]
+    else:
+        array = np.asarray(tree)
+        # NumPy's files know none of the small floats that NumPy itself does not have, such as bfloat16.
+        return {path or "predictions": array.astype(np.float32) if array.dtype.kind == "V" else array}
+    return {
+        name: array
+        for key, part in items
+        for name, array in name_arrays(part, f"{path}/{key}" if path else key).items()
+    }
+
+
+def _check_output(path: Path, force: bool) -> None:
+    """Refuse, before anything starts, an output file that could not be written in the end."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output={str(path)!r}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise ConfigError(f"--output={str(path)!r} is a folder; it must be a file, such as {path / 'predictions.npz'}")
+    if path.exists() and not force:
+        raise ConfigError(f"--output={str(path)!r} exists; give another, or --force to overwrite it")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output={str(path)!r}: {path.parent} is not writable; give another")
+
+
+def write_npz(path: Path, arrays: "Mapping[str, np.ndarray[Any, Any]]") -> None:
+    """Write arrays to a file that `numpy.load` reads, whole or not at all.
+
+    Raises:
+        DtrainError: it cannot be written.
+    """
+    import zipfile
+
+    from numpy.lib import format as npy
+
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        # Not numpy.savez, which has parameters of its own that an output could be named like.
+        with zipfile.ZipFile(unfinished, "x") as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    npy.write_array(file, array, allow_pickle=False)
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise DtrainError(f"--output={str(path)!r} cannot be written ({error}); make room, or give another") from error
+    finally:
+        unfinished.unlink(missing_ok=True)

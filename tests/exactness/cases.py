@@ -1,0 +1,110 @@
+"""Owns which cases are compared, as plain values: pytest collects them without loading TensorFlow."""
+
+from dataclasses import dataclass
+
+DTYPES = ("float64", "float32")
+FLOAT64_BOUND = 1e-10
+PERMUTED_RUNS = 5
+"""Float32 is measured against so many plain runs with the rows inside each mini-batch permuted ..."""
+FLOAT32_FACTOR = 2.0
+"""... and may differ by at most so many times what the furthest of them differs."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A data set and the mini-batches of it."""
+
+    rows: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}/{self.batch}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fit on several ranks.
+
+    Attributes:
+        shuffle: every epoch has an order of its own.
+        segment: steps in a segment; None: whole epochs.
+        steps_per_call: steps in a call into TensorFlow; None: as many as the Replica thinks good.
+        wrong: a mistake that must show: "1/N": each rank's share is 1/N whatever its rows; "counted N times": a
+            mini-batch that goes whole to every rank counts on all of them.
+    """
+
+    size: Size
+    shuffle: bool = False
+    segment: int | None = None
+    steps_per_call: int | None = None
+    wrong: str | None = None
+
+
+UNEVEN = Size(53, 17)
+"""One size with all that can be uneven: 9 + 8 rows, 6 + 6 + 5 rows, and a last mini-batch of 2."""
+
+SIZES = (
+    UNEVEN,
+    Size(101, 16),  # the last mini-batch has 5 rows
+    Size(97, 32),  # ... 1 row, fewer than ranks
+    Size(33, 16),  # ... 1 row
+    Size(50, 16),  # ... 2 rows: fewer than ranks at N=3 only
+    Size(101, 101),  # batch gradient descent
+    Size(12, 1),  # stochastic gradient descent
+    Size(23, 2),  # at N=3 every mini-batch has fewer rows than ranks
+)
+
+CORE = ("sgd_momentum", "adam", "regularizers", "sample_weight", "several_outputs")
+"""Compared at all sizes."""
+
+FEATURES = (
+    *CORE,
+    "class_weight",
+    "metrics_binary",
+    "metrics_of_classes",
+    "scalar_metric",
+    "cnn",
+    "clipnorm",
+    "global_clipnorm",
+    "clipvalue",
+    "weight_decay",
+    "ema",
+    "accumulation",
+    "schedule_nesterov",
+    "loss_scaling",
+    "masked_lstm",
+    "masked_outputs",
+    "ignore_class",
+    "loss_sum",
+    "loss_mean_with_sample_weight",
+    "sparse_gradients",
+    "sparse_gradients_clipped",
+    "added_loss",
+    "custom_step",
+    "custom_step_tensors",
+    "short_epochs",
+    "long_epochs",
+    "unbuilt",
+    "eager",
+    "deciding_callbacks",
+    "user_callback",
+    "batch_hooks",
+)
+"""Equal for any N; those that are not in CORE at one uneven size."""
+
+ONE_RANK_ONLY = ("batch_normalization", "dropout")
+"""The stated exceptions of several ranks; at N=1 they are plain Keras, too."""
+
+
+ONE_STEP = Size(17, 17)
+"""One mini-batch an epoch, of uneven parts."""
+
+
+def runs_of(feature: str, world_size: int) -> list[Run]:
+    """What one Replica of a feature runs: all sizes, and once with a mistake."""
+    wrong = [Run(UNEVEN, wrong="1/N")] if world_size > 1 else []
+    return [Run(size) for size in sizes_of(feature)] + wrong
+
+
+def sizes_of(feature: str) -> tuple[Size, ...]:
+    return SIZES if feature in CORE else (UNEVEN,)

@@ -1,0 +1,128 @@
+"""What the comparisons share: each plain run is made once, in whichever process is free, and each Replica's once."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import Ranks
+
+from exactness import table
+from exactness.cases import Run, Size, runs_of, sizes_of
+
+ROWS = pytest.StashKey[list[table.Row]]()
+
+
+class Lab:
+    """Makes runs when first asked for them, and keeps them.
+
+    Args:
+        ranks: the processes.
+        wanted: features and dtypes that will be asked for; what can run in one process is made for all of them at
+            once, as many at a time as there are processes.
+    """
+
+    def __init__(self, ranks: Ranks, wanted: list[tuple[str, str]]) -> None:
+        self.ranks = ranks
+        self._wanted = wanted
+        self._alone: dict[tuple[str, str, str], Any] = {}
+        self._together: dict[tuple[int, str, str], list[Any]] = {}
+        self._others: dict[Any, Any] = {}
+
+    def plain(self, feature: str, dtype: str) -> Any:
+        """For each size a `Reference`."""
+        return self._made_alone("plain", feature, dtype)
+
+    def distributed(self, world_size: int, feature: str, dtype: str) -> list[Any]:
+        """For each rank, by `Run`, an `Outcome`."""
+        if world_size == 1:
+            return [self._made_alone("one rank", feature, dtype)]
+        key = (world_size, feature, dtype)
+        if key not in self._together:
+            self._together[key] = self.run(world_size, feature, dtype, runs_of(feature, world_size))
+        return self._together[key]
+
+    def run(self, world_size: int, feature: str, dtype: str, runs: Sequence[Run]) -> list[Any]:
+        """The same for runs of one's own, which are not kept."""
+        return self.ranks.run(world_size, _distributed, feature, dtype, runs)
+
+    def plain_at(self, feature: str, dtype: str, sizes: Sequence[Size], shuffle: bool = False) -> Any:
+        """For sizes of one's own a `Reference`; with `shuffle`, in the order that dtrain's sampler gives."""
+        key = (feature, dtype, *sizes, shuffle)
+        if key not in self._others:
+            (self._others[key],) = self.ranks.map(_plain_at, [(feature, dtype, sizes, shuffle)])
+        return self._others[key]
+
+    def _made_alone(self, kind: str, feature: str, dtype: str) -> Any:
+        if (kind, feature, dtype) not in self._alone:
+            missing = [
+                (one, *pair)
+                for pair in dict.fromkeys([*self._wanted, (feature, dtype)])
+                for one in ("plain", "one rank")
+                if (one, *pair) not in self._alone
+            ]
+            self._alone.update(zip(missing, self.ranks.map(_alone, missing), strict=True))
+        made = self._alone[kind, feature, dtype]
+        if isinstance(made, str):
+            raise AssertionError(made)
+        return made
+
+
+@pytest.fixture(scope="session")
+def lab(ranks: Ranks, request: pytest.FixtureRequest) -> Lab:
+    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    wanted = [(call["feature"], call["dtype"]) for call in calls if {"feature", "dtype"} <= set(call)]
+    return Lab(ranks, list(dict.fromkeys(wanted)))
+
+
+@pytest.fixture
+def rows(request: pytest.FixtureRequest) -> list[table.Row]:
+    """The table's; a test adds what it measured."""
+    return request.config.stash.setdefault(ROWS, [])
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exactness-table", metavar="FILE", help="write the table of differences in short, as Markdown")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes long; left out by make test-fast")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    rows = config.stash.get(ROWS, [])
+    if not rows:
+        return
+    terminalreporter.section("largest differences from plain Keras")
+    terminalreporter.write_line(table.full(rows))
+    path = config.getoption("--exactness-table", default=None)
+    if path:
+        Path(path).write_text(table.short(rows))
+        terminalreporter.write_line(f"in short: {path}")
+
+
+def _distributed(collective: Any, feature: str, dtype: str, runs: Any) -> Any:
+    from exactness.runs import distributed
+
+    return distributed(collective, feature, dtype, runs)
+
+
+def _plain_at(task: tuple[str, str, Sequence[Size], bool]) -> Any:
+    from exactness.runs import plain
+
+    return plain(*task)
+
+
+def _alone(task: tuple[str, str, str]) -> Any:
+    """What one process made, or a traceback: one feature's failure is not another's."""
+    import traceback
+
+    from exactness.runs import one_rank, plain
+
+    kind, feature, dtype = task
+    make = partial(plain, sizes=sizes_of(feature)) if kind == "plain" else partial(one_rank, runs=runs_of(feature, 1))
+    try:
+        return make(feature, dtype)
+    except Exception:
+        return traceback.format_exc()

@@ -1,0 +1,329 @@
+"""Owns the runs that are compared: plain Keras in one process, and a Replica on each rank. Loaded by the ranks alone.
+
+Both return `Outcome`s: plain NumPy, in groups of named arrays.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+
+from dtrain import model as models
+from dtrain.collective import Collective, LocalCollective
+from dtrain.data import sampler
+from dtrain.data.source import ArraySource
+from dtrain.errors import ConfigError
+from dtrain.replica import Replica
+from dtrain.types import Array, BatchPlan, FitPlan, Position, Segment
+from exactness.cases import PERMUTED_RUNS, UNEVEN, Run, Size
+from exactness.features import FEATURES, Data, Feature, UpdatesNothing, classes, custom
+
+VALIDATION_ROWS, VALIDATION_BATCH = 37, 10
+EVALUATE_BATCH, PREDICT_BATCH = 19, 7
+SHUFFLE_SEED = (3, 1)
+
+Arrays = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a run ended with.
+
+    Attributes:
+        weights: the model's, moving statistics included.
+        optimizer: the optimizer's variables.
+        history: what fit returned, and what evaluate on the training data returned.
+        predictions: of all rows of the training data, or of this rank's part of them.
+        digest: of everything that must have the same bits on all ranks.
+    """
+
+    weights: Arrays
+    optimizer: Arrays
+    history: Arrays
+    predictions: Arrays
+    digest: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Plain Keras: one run, and the same with the rows inside each mini-batch permuted."""
+
+    run: Outcome
+    permuted: list[Outcome]
+
+
+def plain(feature_name: str, dtype: str, sizes: Sequence[Size], shuffle: bool = False) -> dict[Size, Reference]:
+    """Train with plain `keras.Model.fit` on arrays; with `shuffle`, in the order that dtrain's sampler gives."""
+    feature = FEATURES[feature_name]
+    references = {}
+    model, initial = _fresh_model(feature, dtype), None
+    for size in sizes:
+        train, validation = make_data(feature, size)
+        if initial is None:
+            initial = _initial_values(feature, dtype, train)
+        else:
+            _assign(model, initial)
+        orders = _orders(feature, size, shuffle)
+        run = _plain_run(feature, size, model, train, validation, orders)
+        permuted = []
+        for number in range(PERMUTED_RUNS if dtype == "float32" else 0):
+            random = np.random.default_rng([7, number])
+            _assign(model, initial)
+            shuffled = [_permute_inside_batches(order, size.batch, random) for order in orders]
+            order = _permute_inside_batches(np.arange(VALIDATION_ROWS), VALIDATION_BATCH, random)
+            permuted.append(_plain_run(feature, size, model, train, take(validation, order), shuffled, quick=True))
+        references[size] = Reference(run, permuted)
+    return references
+
+
+def one_rank(feature_name: str, dtype: str, runs: Sequence[Run]) -> dict[Run, Outcome]:
+    """A Replica alone, without Horovod."""
+    return distributed(LocalCollective(), feature_name, dtype, runs)
+
+
+def distributed(collective: Collective, feature_name: str, dtype: str, runs: Sequence[Run]) -> dict[Run, Outcome]:
+    """Train one Replica on each rank, one run after the other, each from the same initial state."""
+    feature = FEATURES[feature_name]
+    replica = Replica(_fresh_model(feature, dtype), collective)
+    outcomes: dict[Run, Outcome] = {}
+    initial: models.State = {}
+    for run in runs:
+        train, validation = make_data(feature, run.size)
+        source = _source(feature, train)
+        if not outcomes:
+            replica.build(source.read(np.zeros(1, np.int64)))
+            initial = replica.read_state()
+        else:
+            replica.write_state(initial)
+        with _wrong_shares(run.wrong), _steps_per_call(run.steps_per_call):
+            outcomes[run] = _distributed_run(feature, run, replica, source, validation)
+    return outcomes
+
+
+def dropout_masks(collective: Collective) -> tuple[Array, Array]:
+    """What a Dropout layer lets through in a model by itself, and then in a Replica's on this rank."""
+
+    def make() -> keras.Model:
+        return _fresh_model(Feature(only_dropout, classes), "float32")
+
+    def only_dropout() -> keras.Model:
+        model = keras.Sequential([keras.Input((64,)), layers.Dropout(0.5)])
+        model.compile("sgd", "mse")
+        return model
+
+    ones = np.ones((1, 64), np.float32)
+    plain = make()(ones, training=True).numpy() > 0
+    replica = Replica(make(), collective)
+    replica.build((ones, ones))
+    return plain, replica.model(ones, training=True).numpy() > 0
+
+
+def refusal_of_a_step_without_optimizer(collective: Collective) -> str:
+    feature = Feature(partial(custom, UpdatesNothing), classes)
+    replica = Replica(_fresh_model(feature, "float32"), collective)
+    source = _source(feature, make_data(feature, UNEVEN)[0])
+    replica.begin_fit(FitPlan(BatchPlan(UNEVEN.rows, UNEVEN.batch), 1), source)
+    try:
+        replica.run(Segment(Position(0, 0), 1))
+    except ConfigError as error:
+        return str(error)
+    return "it was not refused"
+
+
+def make_data(feature: Feature, size: Size) -> tuple[Data, Data]:
+    """The rows to train on and those to validate on."""
+    return feature.data(np.random.default_rng(1), size.rows), feature.data(np.random.default_rng(2), VALIDATION_ROWS)
+
+
+def take(data: Data, rows: Array) -> Data:
+    taken: Data = keras.tree.map_structure(lambda leaf: None if leaf is None else leaf[rows], data)
+    return taken
+
+
+# --- plain Keras
+
+
+def _plain_run(
+    feature: Feature,
+    size: Size,
+    model: keras.Model,
+    train: Data,
+    validation: Data,
+    orders: Sequence[Array],
+    quick: bool = False,
+) -> Outcome:
+    """One fit for each order of the rows; there is more than one where every epoch has an order of its own.
+
+    `quick` hands Keras the same mini-batches as a tf.data.Dataset, which starts sooner.
+    """
+    histories: list[dict[str, list[float]]] = []
+    epochs = feature.epochs // len(orders)
+    callbacks = feature.callbacks()
+    for number, order in enumerate(orders):
+        x, y, sample_weight = take(train, order)
+        common = {
+            "initial_epoch": number * epochs,
+            "epochs": (number + 1) * epochs,
+            "callbacks": callbacks,
+            "verbose": 0,
+        }
+        if quick and feature.steps_per_epoch is None:
+            batches = _batches(_source(feature, (x, y, sample_weight)), size.batch)
+            validating = _batches(ArraySource(*validation), VALIDATION_BATCH)
+            history = model.fit(batches, validation_data=validating, shuffle=False, **common)
+        else:
+            history = model.fit(
+                x,
+                y,
+                sample_weight=sample_weight,
+                class_weight=feature.class_weight,
+                batch_size=size.batch,
+                steps_per_epoch=feature.steps_per_epoch,
+                shuffle=False,
+                validation_data=validation if validation[2] is not None else validation[:2],
+                validation_batch_size=VALIDATION_BATCH,
+                **common,
+            )
+        histories.append(history.history)
+    x, y, sample_weight = train
+    if quick:
+        found = model.evaluate(_batches(ArraySource(*train), EVALUATE_BATCH), return_dict=True, verbose=0)
+        predictions = model.predict(_batches(ArraySource(x), PREDICT_BATCH), verbose=0)
+    else:
+        found = model.evaluate(
+            x, y, sample_weight=sample_weight, batch_size=EVALUATE_BATCH, return_dict=True, verbose=0
+        )
+        predictions = model.predict(x, batch_size=PREDICT_BATCH, verbose=0)
+    history = {key: [value for part in histories for value in part[key]] for key in histories[0]}
+    return _outcome(model, history, found, predictions)
+
+
+def _initial_values(feature: Feature, dtype: str, train: Data) -> list[Array]:
+    """The values that a new model of the feature starts with; its own is built inside its first fit."""
+    model = _fresh_model(feature, dtype)
+    models.build(model, _source(feature, train).read(np.zeros(1, np.int64)))
+    return [variable.numpy() for variable in _all_variables(model)]
+
+
+def _assign(model: keras.Model, values: Sequence[Array]) -> None:
+    for variable, value in zip(_all_variables(model), values, strict=True):
+        variable.assign(value)
+
+
+def _all_variables(model: keras.Model) -> list[Any]:
+    return [*model.variables, *model.optimizer.variables]
+
+
+def _orders(feature: Feature, size: Size, shuffle: bool) -> list[Array]:
+    if not shuffle:
+        return [np.arange(size.rows)]
+    plan = sampler.Sampler(_batch_plan(feature, size, shuffle))
+    return [np.concatenate(list(plan.batches(epoch, 0, plan.steps_in_epoch(epoch)))) for epoch in range(feature.epochs)]
+
+
+def _permute_inside_batches(order: Array, batch: int, random: np.random.Generator) -> Array:
+    return np.concatenate([random.permutation(order[start : start + batch]) for start in range(0, len(order), batch)])
+
+
+# --- a Replica
+
+
+def _distributed_run(feature: Feature, run: Run, replica: Replica, source: ArraySource, validation: Data) -> Outcome:
+    train_plan = _batch_plan(feature, run.size, run.shuffle)
+    plan = FitPlan(train_plan, feature.epochs, validation=BatchPlan(VALIDATION_ROWS, VALIDATION_BATCH))
+    replica.begin_fit(plan, source, ArraySource(*validation), feature.callbacks())
+    epochs = sampler.Sampler(train_plan)
+    position, stop, step_logs = Position(0, 0), False, []
+    while position.epoch < feature.epochs and not stop:
+        left = epochs.steps_in_epoch(position.epoch) - position.step
+        result = replica.run(Segment(position, min(left, run.segment or left)))
+        position, stop = result.position, result.stop
+        step_logs.append(result.step_logs)
+    history = replica.end_fit()
+    steps = {key: np.concatenate([logs[key] for logs in step_logs]) for key in step_logs[0]}
+    found = replica.evaluate(BatchPlan(run.size.rows, EVALUATE_BATCH), ArraySource(*source.arrays))
+    predictions = replica.predict(BatchPlan(run.size.rows, PREDICT_BATCH), source)
+    return _outcome(replica.model, history, found, predictions, steps)
+
+
+def _source(feature: Feature, data: Data) -> ArraySource:
+    return ArraySource(*data, class_weight=feature.class_weight)
+
+
+def _batch_plan(feature: Feature, size: Size, shuffle: bool) -> BatchPlan:
+    return BatchPlan(size.rows, size.batch, feature.steps_per_epoch, shuffle=shuffle, seed=SHUFFLE_SEED)
+
+
+def _batches(source: ArraySource, batch: int) -> tf.data.Dataset:
+    arrays = source.arrays
+    return tf.data.Dataset.from_tensor_slices(arrays if len(arrays) > 1 else arrays[0]).batch(batch)
+
+
+@contextlib.contextmanager
+def _wrong_shares(wrong: str | None) -> Iterator[None]:
+    """Inside, the ranks make the mistake (see `Run.wrong`)."""
+
+    def shard(num_rows: int, world_size: int, rank: int) -> sampler.Shard:
+        right = sampler.shard(num_rows, world_size, rank)
+        if wrong == "1/N":
+            return replace(right, share=1 / world_size)
+        if wrong == "counted N times" and right.whole:
+            return replace(right, share=1.0, whole=False)
+        return right
+
+    with patch("dtrain.data.loader.shard", shard):
+        yield
+
+
+@contextlib.contextmanager
+def _steps_per_call(number: int | None) -> Iterator[None]:
+    if number is None:
+        yield
+        return
+    with patch.object(Replica, "_steps_per_call", lambda self, fit: number):
+        yield
+
+
+# --- both
+
+
+def _fresh_model(feature: Feature, dtype: str) -> keras.Model:
+    keras.backend.clear_session()
+    keras.config.set_floatx(dtype)
+    keras.config.set_dtype_policy(dtype)
+    keras.utils.set_random_seed(11)
+    return feature.model()
+
+
+def _outcome(
+    model: keras.Model, history: Any, found: dict[str, float], predictions: Any, steps: Arrays | None = None
+) -> Outcome:
+    weights = {f"{i} {v.name}": v.numpy() for i, v in enumerate(model.weights)}
+    optimizer = _numbered(model.optimizer.variables)
+    same = {**weights, **optimizer, **{f"step {key}": values for key, values in (steps or {}).items()}}
+    for key, value in found.items():
+        same[f"evaluate {key}"] = np.asarray(value)
+    history = {key: np.asarray(values, np.float64) for key, values in history.items()}
+    history.update({f"evaluate {key}": np.asarray(value, np.float64) for key, value in found.items()})
+    flat = keras.tree.flatten(predictions)
+    return Outcome(weights, optimizer, history, _numbered(flat), _digest(same))
+
+
+def _numbered(values: Sequence[Any]) -> Arrays:
+    return {str(index): np.asarray(keras.ops.convert_to_numpy(value)) for index, value in enumerate(values)}
+
+
+def _digest(arrays: Arrays) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, array in arrays.items():
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

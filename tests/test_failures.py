@@ -1,0 +1,262 @@
+"""Claims about what users see when a job goes wrong, on a real Ray: the error, how soon, and that nothing is left."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import cloudpickle
+import keras
+import models
+import numpy as np
+import psutil
+import pytest
+from models import blobs, make_classifier
+
+import dtrain
+from dtrain.errors import ConfigError, DataError, DtrainError, WorkerError
+
+for module in (models, sys.modules[__name__]):  # the workers do not have the tests' folder on their path
+    cloudpickle.register_pickle_by_value(module)
+
+QUIET: dict[str, Any] = {"checkpoint": False, "tracking": False}
+DEADLINE = 50.0
+"""Ten times the bar of five seconds."""
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = DEADLINE) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.05)
+
+
+def nothing_is_left(pids: set[int]) -> bool:
+    import ray
+
+    actors = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if actor["name"].startswith("dtrain:")]
+    groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+    return not actors and not groups and not any(psutil.pid_exists(pid) for pid in pids)
+
+
+class Raise(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        raise ZeroDivisionError("the user's own mistake")
+
+
+def test_a_worker_that_raises_shows_the_users_traceback_first_and_stops_all(local_ray: None) -> None:
+    x, y = blobs(64)
+    with dtrain.Trainer(make_classifier, num_workers=2, **QUIET) as trainer:
+        trainer.evaluate(x, y, verbose=0)
+        pids = {worker.pid for worker in trainer.workers}
+        started = time.monotonic()
+        with pytest.raises(WorkerError) as caught:
+            trainer.fit(x, y, verbose=0, callbacks=[Raise()])
+        assert time.monotonic() - started < DEADLINE
+        error = caught.value
+        assert error.rank == 0 and error.host == os.uname().nodename
+        first_frame = str(error).splitlines()[1]
+        assert str(error).startswith("Traceback") and "dtrain/" not in first_frame and "ray" not in first_frame
+        assert "ZeroDivisionError: the user's own mistake" in str(error)
+        assert "rank 0 on" in str(error) and "ranks 1 were stopped" in str(error)
+        wait_until(lambda: nothing_is_left(pids))
+
+
+def test_a_killed_worker_ends_the_run_with_its_rank_and_host(local_ray: None) -> None:
+    x, y = blobs(640)
+    with dtrain.Trainer(make_classifier, num_workers=2, **QUIET) as trainer:
+        trainer.evaluate(x, y, verbose=0)
+        pids = {worker.pid for worker in trainer.workers}
+        victim = trainer.workers[1]
+        outcome: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                trainer.fit(x, y, epochs=100_000, verbose=0)
+            except BaseException as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=fit)
+        thread.start()
+        group = trainer._group
+        assert group is not None
+        wait_until(lambda: (progress := group.progress()) is not None and progress.epoch > 2)
+        os.kill(victim.pid, signal.SIGKILL)
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
+        (error,) = outcome
+        assert isinstance(error, WorkerError)
+        assert error.rank == 1 and error.host == victim.host and "rank 1 on" in str(error) and "died" in str(error)
+        wait_until(lambda: nothing_is_left(pids))
+
+
+def make_nothing() -> None:
+    pass
+
+
+def make_text() -> str:
+    return "a model"
+
+
+def make_uncompiled() -> keras.Model:
+    import keras
+
+    return keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
+
+
+def make_by_process() -> keras.Model:
+    import os
+
+    import keras
+
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3 + os.getpid() % 1000)])
+    model.compile("sgd", "mse")
+    return model
+
+
+def test_what_the_factory_returns_is_checked_on_the_workers(local_ray: None, ranks: Any) -> None:
+    with dtrain.Trainer(make_nothing, num_workers=1, **QUIET) as trainer:  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="forget to return the model"):
+            trainer.fit(*blobs(8), verbose=0)
+        wait_until(lambda: nothing_is_left(set()))
+
+    def refusals(collective: Any) -> list[str]:
+        from dtrain.model import make_model
+
+        messages = []
+        for model_fn in (make_text, make_uncompiled):
+            with pytest.raises(ConfigError) as caught:
+                make_model(model_fn, None)  # type: ignore[arg-type]
+            messages.append(str(caught.value))
+        return messages
+
+    ((text, uncompiled),) = ranks.run(1, refusals)
+    assert "model_fn=make_text returned str; it must return a keras.Model" in text
+    assert "not compiled; call model.compile" in uncompiled
+
+
+def test_different_models_on_different_ranks_are_refused(local_ray: None) -> None:
+    with dtrain.Trainer(make_by_process, num_workers=2, **QUIET) as trainer:
+        with pytest.raises(ConfigError, match="another model on rank 1 than on rank 0"):
+            trainer.fit(*blobs(8), verbose=0)
+        wait_until(lambda: nothing_is_left(set()))
+
+
+def test_more_workers_than_there_is_room_for_are_refused_with_a_table(local_ray: None) -> None:
+    with dtrain.Trainer(make_classifier, num_workers=99, **QUIET) as trainer:
+        with pytest.raises(ConfigError, match=r"num_workers=99 .* room for 8") as caught:
+            trainer.fit(*blobs(8), verbose=0)
+        assert "asked 99, the cluster has 8" in str(caught.value)
+    with dtrain.Trainer(make_classifier, use_gpu=True, **QUIET) as trainer:
+        with pytest.raises(ConfigError, match="GPU"):
+            trainer.fit(*blobs(8), verbose=0)
+
+
+X, Y = blobs(10)
+
+
+class TestBeforeAnythingStarts:
+    """Phase 0: the message names argument, value, rule and fix, and no actor was started."""
+
+    @pytest.fixture(autouse=True)
+    def no_actor_starts(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        import ray
+
+        def actors() -> list[Any]:
+            return ray.util.list_named_actors(all_namespaces=True) if ray.is_initialized() else []
+
+        was_initialized, before = ray.is_initialized(), actors()
+        yield
+        assert ray.is_initialized() == was_initialized and actors() == before
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ({"model_fn": "model"}, ["model_fn='model'", "function"]),
+            ({"model_fn": lambda one, two: None}, ["model_fn", "called as model_fn()", "one"]),
+            ({"model_fn": make_classifier, "config": {"a": 1}}, ["model_fn(config)"]),
+            ({"num_workers": 0}, ["num_workers=0", "1 or more"]),
+            ({"num_workers": 2.5}, ["num_workers=2.5", "whole number"]),
+            ({"num_workers": (1, 3)}, ["num_workers=(1, 3)", "elastic"]),
+            ({"resources_per_worker": {"CPU": -1}}, ["resources_per_worker['CPU']=-1", "0 or more"]),
+            ({"placement_strategy": "NEAR"}, ["placement_strategy='NEAR'", "STRICT_SPREAD"]),
+            ({"threads_per_worker": 0}, ["threads_per_worker=0"]),
+            ({"address": "ray://head:10001"}, ["ray://head:10001", "ray job submit"]),
+            ({"seed": -1}, ["seed=-1"]),
+            ({"run_name": "../up"}, ["run_name='../up'"]),
+            ({"run_name": "/root"}, ["run_name='/root'"]),
+            ({"run_name": "nul\0"}, ["run_name="]),
+            ({"checkpoint": "often"}, ["checkpoint='often'", "CheckpointConfig"]),
+            ({"tracking": "yes"}, ["tracking='yes'", "MLflowConfig"]),
+        ],
+    )
+    def test_arguments_of_the_trainer(self, arguments: dict[str, Any], words: list[str]) -> None:
+        with pytest.raises(ConfigError) as caught:
+            dtrain.Trainer(**{"model_fn": make_classifier, **arguments})
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+
+    def test_a_factory_that_cannot_travel_names_the_variable(self) -> None:
+        lock = threading.Lock()
+        with pytest.raises(ConfigError, match="variable 'lock' cannot be pickled.*inside the function"):
+            dtrain.Trainer(lambda: lock)
+
+    def test_another_keras_backend(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("KERAS_BACKEND", "jax")
+        with pytest.raises(ConfigError, match="KERAS_BACKEND='jax'.*set KERAS_BACKEND=tensorflow"):
+            dtrain.Trainer(make_classifier)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "words"),
+        [
+            ({"batch_size": 0}, ConfigError, ["batch_size=0", "1 or more"]),
+            ({"batch_size": 1.5}, ConfigError, ["batch_size=1.5", "whole number"]),
+            ({"epochs": -1}, ConfigError, ["epochs=-1", "0 or more"]),
+            ({"initial_epoch": -1}, ConfigError, ["initial_epoch=-1"]),
+            ({"steps_per_epoch": 0}, ConfigError, ["steps_per_epoch=0"]),
+            ({"validation_freq": 0}, ConfigError, ["validation_freq=0"]),
+            ({"shuffle": "rows"}, ConfigError, ["shuffle='rows'", "'batch'"]),
+            ({"validation_split": 1.5}, ConfigError, ["validation_split=1.5", "between 0 and 1"]),
+            ({"x": X[:1], "y": Y[:1], "validation_split": 0.5}, DataError, ["validation_split"]),
+            ({"verbose": 7}, ConfigError, ["verbose=7"]),
+            ({"callbacks": ["EarlyStopping"]}, ConfigError, ["callbacks[0]", "Callback"]),
+            ({"x": None}, DataError, ["x=None"]),
+            ({"x": X[:0], "y": Y[:0]}, DataError, ["x", "0 rows"]),
+            ({"y": Y[:7]}, DataError, ["x", "10", "y", "7"]),
+            ({"x": {"a": X, "b": X[:3]}}, DataError, ["x['b']", "3", "10"]),
+            ({"x": np.array([[1, 2], [3]], dtype=object), "y": Y[:2]}, DataError, ["x", "object"]),
+            ({"y": np.array(["cat"] * 10)}, DataError, ["y"]),
+            ({"x": iter([1])}, DataError, ["x is a", "NumPy arrays"]),
+            ({"validation_data": (X, Y[:3])}, DataError, ["10", "3"]),
+            ({"class_weight": {0: 1.0}, "sample_weight": Y}, DataError, ["class_weight", "sample_weight"]),
+        ],
+    )
+    def test_arguments_of_fit(
+        self, in_tmp: Any, arguments: dict[str, Any], error: type[DtrainError], words: list[str]
+    ) -> None:
+        trainer = dtrain.Trainer(make_classifier)
+        with pytest.raises(error) as caught:
+            trainer.fit(**{"x": X, "y": Y, **arguments})
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+        assert list(in_tmp.iterdir()) == []
+
+    def test_where_the_run_is_kept_and_recorded(self, in_tmp: Any) -> None:
+        (in_tmp / "file").touch()
+        with pytest.raises(ConfigError, match="storage_path=.*file"):
+            dtrain.Trainer(make_classifier, storage_path=in_tmp / "file").fit(X, Y)
+        (in_tmp / "runs" / "mine").mkdir(parents=True)
+        with pytest.raises(ConfigError, match="run_name='mine' exists already.*another run_name"):
+            dtrain.Trainer(make_classifier, storage_path=in_tmp / "runs", run_name="mine").fit(X, Y)
+        for uri in ("file:///tmp/mlruns", "gopher://host"):
+            with pytest.raises(ConfigError, match=uri.split(":")[0]):
+                dtrain.Trainer(make_classifier, tracking=dtrain.MLflowConfig(tracking_uri=uri)).fit(X, Y)
+
+    def test_no_cluster_at_the_address(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import ray
+
+        if ray.is_initialized():
+            pytest.skip("this process is connected to a Ray already, which wins over any address")
+        with pytest.raises(ConfigError, match=r"address='127.0.0.1:1'.*ray start --head"):
+            dtrain.Trainer(make_classifier, address="127.0.0.1:1", **QUIET).fit(X, Y)
