@@ -5,11 +5,14 @@ import contextlib
 import json
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import cloudpickle
 import ray
+import ray.cloudpickle
 
 from dtrain.errors import ConfigError
 
@@ -138,7 +141,12 @@ def who_is_using() -> str:
 
 
 def put(value: Any) -> Any:
-    """Put a value into the object store once, for all workers to read in place."""
+    """Put a value into the object store once, for all workers to read in place.
+
+    Modules that travel by value do so here too: Ray's copy of cloudpickle has a list of its own of them.
+    """
+    for name in cloudpickle.list_registry_pickle_by_value():
+        ray.cloudpickle.register_pickle_by_value(sys.modules[name])
     return ray.put(value)
 
 

@@ -67,8 +67,9 @@ def describe_run(
         params |= {
             "optimizer": model.optimizer,
             "loss": model.loss,
-            "metrics": ", ".join(model.metrics),
-            "initial_learning_rate": model.learning_rate,
+            "metrics": ", ".join(name for name in model.metrics if name != "loss"),
+            # Of a float32, the digits that it has.
+            "initial_learning_rate": None if model.learning_rate is None else float(f"{model.learning_rate:.7g}"),
             "num_parameters": model.num_parameters,
             "num_trainable_parameters": model.num_trainable,
         }
@@ -81,8 +82,9 @@ def describe_run(
 
 def _describe_data(context: str, source: DataSource) -> DatasetDescription:
     found = describe(source)
-    name = type(source).__name__.removesuffix("Source").lower()
-    return DatasetDescription(name, context, found.shapes, found.dtypes, found.num_rows, found.digest)
+    name = type(source).__name__.removesuffix("Source").lower().replace("array", "arrays")
+    # MLflow shows name and digest as one: as many digits as its own digests have.
+    return DatasetDescription(name, context, found.shapes, found.dtypes, found.num_rows, found.digest[:8])
 
 
 def environment_tags(script: str | None) -> dict[str, str]:

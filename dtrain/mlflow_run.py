@@ -215,7 +215,7 @@ class MLflowRun:
             # Beside the database, and not in whatever folder the process stands in.
             location = (path.parent / "mlruns" / folder).as_uri() if path else None
             try:
-                return str(self._client.create_experiment(self.experiment_name, artifact_location=location))
+                return str(self._client.create_experiment(self.experiment_name, location))
             except Exception:
                 experiment = self._experiment()  # Another run may have just made it.
                 if experiment is None:

@@ -66,7 +66,8 @@ def describe(model: keras.Model) -> ModelDescription:
         num_trainable=sum(int(np.prod(v.shape)) for v in model.trainable_variables),
         optimizer=type(optimizer).__name__ if optimizer is not None else "None",
         loss=_loss_name(model).strip('"'),
-        metrics=tuple(metric.name for metric in model.metrics),
+        # Keras keeps what was passed to compile in one metric of its own.
+        metrics=tuple(part.name for metric in model.metrics for part in getattr(metric, "metrics", None) or [metric]),
         learning_rate=learning_rate(model),
         signature=_signature(model),
         exceptions=_exceptions(model),

@@ -86,7 +86,7 @@ class RunFolder:
             if not made and not exist_ok:
                 raise ConfigError(
                     f"run_name={name!r} exists already in storage_path={storage!r}: give another run_name, or "
-                    'resume="auto" to go on with that run'
+                    "another storage_path"
                 )
             run._probe()
             run.journal_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -192,14 +192,17 @@ class MLflowTracker:
         self._key = uuid.uuid4().hex
         self._last_step: dict[str, int] = {}
         self._last_series_step = -1
+        self._last_time = 0
         for event, _ in self._journal.read():
             match event["event"]:
                 case "start":
                     self._key = event["key"]
                 case "metrics":
                     self._last_step |= dict.fromkeys(event["metrics"], event["step"])
+                    self._last_time = event["time"]
                 case "steps":
                     self._last_series_step = event["first_step"] + min(map(len, event["metrics"].values())) - 1
+                    self._last_time = event["end"]
 
     @property
     def run_id(self) -> str | None:
@@ -242,7 +245,8 @@ class MLflowTracker:
         new = {key: float(value) for key, value in metrics.items() if step > self._last_step.get(key, -1)}
         self._last_step |= dict.fromkeys(new, step)
         if new:
-            self._append("metrics", time=timestamp_ms or _now_ms(), step=int(step), metrics=new)
+            self._last_time = max(timestamp_ms or _now_ms(), self._last_time)
+            self._append("metrics", time=self._last_time, step=int(step), metrics=new)
 
     def log_steps(
         self, first_step: int, metrics: Mapping[str, Array], seconds: float, end_ms: int | None = None
@@ -263,11 +267,14 @@ class MLflowTracker:
         if known >= length:
             return
         self._last_series_step = first_step + length - 1
-        end = end_ms or _now_ms()
+        end = max(end_ms or _now_ms(), self._last_time)
+        # Results may arrive late, and the next soon after: a later step must not seem to end before an earlier one.
+        start = max(end - round(seconds * 1000 * (length - known) / length), self._last_time)
+        self._last_time = end
         self._append(
             "steps",
             first_step=int(first_step + known),
-            start=end - round(seconds * 1000 * (length - known) / length),
+            start=start,
             end=end,
             metrics={key: np.asarray(values, np.float64)[known:length].tolist() for key, values in metrics.items()},
         )

@@ -204,7 +204,9 @@ class WorkerGroup:
             return failure.cause
         host = self.workers[rank].host if self.workers else None
         others = sorted(set(range(self.spec.num_workers)) - {rank})
-        stopped = f"; ranks {', '.join(map(str, others))} were stopped" if others else ""
+        stopped = f"; rank {others[0]} was stopped" if len(others) == 1 else ""
+        if len(others) > 1:
+            stopped = f"; ranks {', '.join(map(str, others))} were stopped"
         where = f"rank {rank} on {host or 'an unknown host'}"
         message = f"{where}: {failure.error}{stopped}"
         return WorkerError(message, rank, host, failure.traceback)

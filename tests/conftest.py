@@ -12,6 +12,15 @@ import pytest
 from ranks import Ranks
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts Ray, ranks or whole programs is slow: `make test-fast` leaves it out."""
+    slow = {"local_ray", "ranks", "environment"}
+    programs = {"test_cli.py", "test_examples.py", "test_cluster_local.py", "test_horovod_build.py", "test_mlflow.py"}
+    for item in items:
+        if slow & set(getattr(item, "fixturenames", ())) or item.path.name in programs:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Plain processes that play up to 3 ranks."""

@@ -61,7 +61,7 @@ def test_a_worker_that_raises_shows_the_users_traceback_first_and_stops_all(loca
         first_frame = str(error).splitlines()[1]
         assert str(error).startswith("Traceback") and "dtrain/" not in first_frame and "ray" not in first_frame
         assert "ZeroDivisionError: the user's own mistake" in str(error)
-        assert "rank 0 on" in str(error) and "ranks 1 were stopped" in str(error)
+        assert "rank 0 on" in str(error) and "rank 1 was stopped" in str(error)
         wait_until(lambda: nothing_is_left(pids))
 
 

@@ -92,7 +92,9 @@ def test_folders_are_for_their_owner_alone(tmp_path: Path, monkeypatch: pytest.M
 def test_an_existing_run_names_both_ways_out(storage: str) -> None:
     run = RunFolder.create(storage, "twice")
     run.write_info({"state": "finished"})
-    with pytest.raises(ConfigError, match="run_name='twice' exists already .* another run_name, or resume=\"auto\""):
+    with pytest.raises(
+        ConfigError, match="run_name='twice' exists already .* another run_name, or another storage_path"
+    ):
         RunFolder.create(storage, "twice")
     again = RunFolder.create(storage, "twice", exist_ok=True)
     assert again.url == run.url and again.read_info()["state"] == "finished"

@@ -211,9 +211,10 @@ def test_log_every_keeps_every_nth_step_and_the_last(database: str, tmp_path: Pa
 def test_a_step_is_recorded_once_though_it_is_trained_twice(config: MLflowConfig, tmp_path: Path) -> None:
     tracker = MLflowTracker(config, tmp_path / "journal.jsonl")
     tracker.start(DESCRIPTION)
-    tracker.log_steps(0, {"loss": np.ones(30)}, seconds=3.0)
-    tracker.log(30, {"epoch_loss": 1.0})
-    tracker.log_steps(10, {"loss": np.full(40, 2.0)}, seconds=4.0)  # Back at the checkpoint of step 10.
+    tracker.log_steps(0, {"loss": np.ones(30)}, seconds=3.0, end_ms=1_003_000)
+    tracker.log(30, {"epoch_loss": 1.0}, timestamp_ms=1_003_000)
+    # Back at the checkpoint of step 10.
+    tracker.log_steps(10, {"loss": np.full(40, 2.0)}, seconds=4.0, end_ms=1_008_000)
     tracker.log(30, {"epoch_loss": 1.0})
     tracker.finish("FINISHED")
     client = MlflowClient(config.tracking_uri)
@@ -223,6 +224,16 @@ def test_a_step_is_recorded_once_though_it_is_trained_twice(config: MLflowConfig
     assert all(value == (1.0 if step < 30 else 2.0) for step, value in got)
 
 
+def test_a_later_step_never_has_an_earlier_time(config: MLflowConfig, tmp_path: Path) -> None:
+    tracker = MLflowTracker(config, tmp_path / "journal.jsonl")
+    for first in (0, 10, 20):  # Results that arrive together, though their steps took a second each.
+        tracker.log_steps(first, {"loss": np.ones(10)}, seconds=1.0, end_ms=1_000_000 + first)
+        tracker.log(first + 9, {"loss": 1.0}, timestamp_ms=1_000_100 + first)
+    written = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    times = [time for line in written for time in ([line["time"]] if "step" in line else [line["start"], line["end"]])]
+    assert times == sorted(times)
+
+
 # Outages
 
 
@@ -230,8 +241,8 @@ def test_a_restarted_job_goes_on_in_the_same_run(config: MLflowConfig, tmp_path:
     journal = tmp_path / "journal.jsonl"
     first = MLflowTracker(config, journal)
     first.start(DESCRIPTION)
-    first.log_steps(0, {"loss": np.arange(25.0)}, seconds=2.5)
-    first.log(25, {"epoch_loss": 3.0})
+    first.log_steps(0, {"loss": np.arange(25.0)}, seconds=2.5, end_ms=1_002_500)
+    first.log(25, {"epoch_loss": 3.0}, timestamp_ms=1_002_500)
     wait_for(lambda: first._sender.done, "delivery")
     first._sender.stop()  # As a kill would: nothing is flushed or finished.
     with journal.open("ab") as file:
@@ -240,7 +251,7 @@ def test_a_restarted_job_goes_on_in_the_same_run(config: MLflowConfig, tmp_path:
     second = MLflowTracker(config, journal)
     assert second.run_id == first.run_id
     second.start(RunDescription(run_name="a run", params={"epochs": 3, "new": 1}))
-    second.log_steps(20, {"loss": np.arange(20.0, 50.0)}, seconds=3.0)
+    second.log_steps(20, {"loss": np.arange(20.0, 50.0)}, seconds=3.0, end_ms=1_010_000)
     second.log(25, {"epoch_loss": 3.0})
     second.log(50, {"epoch_loss": 4.0})
     second.finish("FINISHED")

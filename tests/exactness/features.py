@@ -166,7 +166,7 @@ def metrics_of_classes() -> keras.Model:
         "accuracy",
         keras.metrics.MeanIoU(3, sparse_y_true=False, sparse_y_pred=False, name="mean_iou"),
         keras.metrics.F1Score(average="macro", name="f1"),
-        keras.metrics.TopKCategoricalAccuracy(2, name="top2"),
+        keras.metrics.CategoricalCrossentropy(name="entropy"),
         keras.metrics.KLDivergence(name="kl"),
     ]
     return adam(loss="categorical_crossentropy", metrics=metrics)

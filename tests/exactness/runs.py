@@ -97,14 +97,13 @@ def distributed(collective: Collective, feature_name: str, dtype: str, runs: Seq
     initial: models.State = {}
     for run in runs:
         train, validation = make_data(feature, run.size)
-        source = _source(feature, train)
         if not outcomes:
-            replica.build(source.read(np.zeros(1, np.int64)))
+            replica.build(_source(feature, train).read(np.zeros(1, np.int64)))
             initial = replica.read_state()
         else:
             replica.write_state(initial)
         with _wrong_shares(run.wrong), _steps_per_call(run.steps_per_call):
-            outcomes[run] = _distributed_run(feature, run, replica, source, validation)
+            outcomes[run] = _distributed_run(feature, run, replica, train, validation)
     return outcomes
 
 
@@ -236,10 +235,10 @@ def _permute_inside_batches(order: Array, batch: int, random: np.random.Generato
 # --- a Replica
 
 
-def _distributed_run(feature: Feature, run: Run, replica: Replica, source: ArraySource, validation: Data) -> Outcome:
+def _distributed_run(feature: Feature, run: Run, replica: Replica, train: Data, validation: Data) -> Outcome:
     train_plan = _batch_plan(feature, run.size, run.shuffle)
     plan = FitPlan(train_plan, feature.epochs, validation=BatchPlan(VALIDATION_ROWS, VALIDATION_BATCH))
-    replica.begin_fit(plan, source, ArraySource(*validation), feature.callbacks())
+    replica.begin_fit(plan, _source(feature, train), ArraySource(*validation), feature.callbacks())
     epochs = sampler.Sampler(train_plan)
     position, stop, step_logs = Position(0, 0), False, []
     while position.epoch < feature.epochs and not stop:
@@ -249,8 +248,9 @@ def _distributed_run(feature: Feature, run: Run, replica: Replica, source: Array
         step_logs.append(result.step_logs)
     history = replica.end_fit()
     steps = {key: np.concatenate([logs[key] for logs in step_logs]) for key in step_logs[0]}
-    found = replica.evaluate(BatchPlan(run.size.rows, EVALUATE_BATCH), ArraySource(*source.arrays))
-    predictions = replica.predict(BatchPlan(run.size.rows, PREDICT_BATCH), source)
+    rows = ArraySource(*train)
+    found = replica.evaluate(BatchPlan(run.size.rows, EVALUATE_BATCH), rows)
+    predictions = replica.predict(BatchPlan(run.size.rows, PREDICT_BATCH), rows)
     return _outcome(replica.model, history, found, predictions, steps)
 
 
