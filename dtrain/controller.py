@@ -69,6 +69,7 @@ class Controller:
         self._display = display
         self._clock = clock
         self._rate: float | None = None
+        self._newest: SegmentResult | None = None
 
     def fit(
         self, plan: FitPlan, train: Any, validation: Any, callbacks: bytes, saving: Saving | None, record: FitRecord
@@ -110,18 +111,15 @@ class Controller:
         self._display.begin_epoch(epoch)
         started = self._clock()
         sent: list[tuple[Segment, list[Any]]] = []
-        step, previous = 0, SegmentResult(Position(epoch, 0), 0, 0, 0.0, {})
-        result = previous
-        while sent or step < num_steps:
+        step = 0
+        while True:
             # Nothing is sent ahead before anything is measured, or into the next epoch: a callback may stop there.
-            while step < num_steps and len(sent) < (2 if record.steps else 1):
-                pace = previous.seconds / previous.num_steps if previous.num_steps else None
-                segment = Segment(Position(epoch, step), next_segment_steps(pace, previous.num_steps, num_steps - step))
+            while step < num_steps and len(sent) < (2 if self._newest else 1):
+                segment = self._next_segment(Position(epoch, step), num_steps - step)
                 sent.append((segment, self._group.submit("run", segment)))
                 step += segment.num_steps
             segment, calls = sent.pop(0)
-            result = self._group.wait(calls, self._watch)[0]
-            previous = result
+            result: SegmentResult = self._group.wait(calls, self._watch)[0]
             self._take_in(segment, result, record)
             if result.epoch_end or result.stop:
                 break
@@ -132,8 +130,15 @@ class Controller:
             self._end_epoch(result.epoch_end, seconds, record)
         return result
 
+    def _next_segment(self, position: Position, remaining: int) -> Segment:
+        newest = self._newest
+        pace = newest.seconds / newest.num_steps if newest else None
+        return Segment(position, next_segment_steps(pace, newest.num_steps if newest else 0, remaining))
+
     def _take_in(self, segment: Segment, result: SegmentResult, record: FitRecord) -> None:
         rate = self._rate = result.rows / result.seconds if result.seconds else None
+        if result.num_steps:
+            self._newest = result
         record.steps += result.num_steps
         self._tracker.log_steps(record.steps - _length(result.step_logs), result.step_logs, result.seconds)
         record.rows += result.rows
@@ -148,7 +153,7 @@ class Controller:
     def _end_epoch(self, end: EpochEnd, seconds: float, record: FitRecord) -> None:
         record.epochs.append(end.epoch)
         record.seconds.append(seconds)
-        self._tracker.log(record.steps - 1, {**end.logs, "epoch": end.epoch + 1, "epoch_seconds": seconds})
+        self._tracker.log(record.steps - 1, {**end.logs, "epoch_seconds": seconds})
         self._display.end_epoch(end.epoch, end.logs, seconds)
 
     def _save(self, saving: Saving, end: EpochEnd, record: FitRecord) -> None:

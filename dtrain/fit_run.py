@@ -54,7 +54,7 @@ class FitRun:
         if trainer.tracking is not None or trainer.checkpoint is not None:
             self._folder = RunFolder.create(trainer.storage_path, name)
         if trainer.tracking is not None and self._folder is not None:
-            self._tracker = MLflowTracker(trainer.tracking, self._folder.journal_path)
+            self._tracker = MLflowTracker(trainer.tracking, self._folder.journal_path, on_run=self._tell_ray)
             self._tracker.check()
 
     def train(self, callbacks: Sequence[Any]) -> History:
@@ -108,6 +108,9 @@ class FitRun:
         if self._trainer.num_workers > 1:
             for exception in self._model.exceptions:
                 self._display.note(f"not as in one process: {exception}")
+
+    def _tell_ray(self, run_id: str) -> None:
+        cluster.add_job_metadata({"dtrain_run": self._name, "mlflow_run_id": run_id})
 
     def _start_tracking(self) -> None:
         trainer, wanted = self._trainer, self._wanted

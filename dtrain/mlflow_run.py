@@ -57,6 +57,8 @@ class MLflowRun:
         self.uri = _tracking_uri(config)
         self.name = f"MLflow at {mask(self.uri)}"
         self.run_id: str | None = None
+        self.on_run: Callable[[str], None] = lambda run_id: None
+        """Called, in the thread that sends, when the run is there."""
         self.experiment_id: str | None = None
         self.experiment_name, self._given_experiment_id = _experiment(config)
         self._journal = journal
@@ -195,6 +197,7 @@ class MLflowRun:
             self.run_id = self._find_run(event["key"]) or self._create_run(event, tags)
         else:
             self._client.update_run(self.run_id, status="RUNNING")
+        self.on_run(self.run_id)
         self._params_and_tags(event["params"], tags)
         if event["datasets"]:
             self._client.log_inputs(self.run_id, datasets=[_dataset_input(d) for d in event["datasets"]])

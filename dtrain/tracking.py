@@ -171,6 +171,7 @@ class MLflowTracker:
         journal: path of the journal. Beside it stand `<journal>.position`, which says how far MLflow has got, and
             until they are sent, artifacts in `<journal>.artifacts`.
         make_client: makes an mlflow.MlflowClient for a tracking URI.
+        on_run: is called with the run's id when there is one, in another thread.
     """
 
     def __init__(
@@ -178,11 +179,13 @@ class MLflowTracker:
         config: MLflowConfig | None,
         journal: str | os.PathLike[str],
         make_client: "Callable[[str], MlflowClient] | None" = None,
+        on_run: Callable[[str], None] = lambda run_id: None,
     ) -> None:
         self._config = config or MLflowConfig()
         self._journal = Journal(Path(journal).absolute())
         self._outbox = Path(f"{self._journal.path}.artifacts")
         self._run = MLflowRun(self._config, self._journal.path, make_client)
+        self._run.on_run = on_run
         self._sender = Sender(self._journal, self._run, self._config.log_every)
         self._finished = False
         self._recover()

@@ -8,11 +8,9 @@ import atexit
 import contextlib
 import logging
 import os
-import re
 import sys
-import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
@@ -24,6 +22,7 @@ from dtrain.config import CheckpointConfig, MLflowConfig
 from dtrain.controller import Controller
 from dtrain.data.source import DataSource, keras_batch
 from dtrain.doctor import quick_horovod_problem
+from dtrain.driver_tensorflow import import_tensorflow
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.fit_run import FitRun
 from dtrain.history import History
@@ -242,8 +241,7 @@ class Trainer:
     @property
     def model(self) -> "keras.Model":
         """A local keras.Model with the weights as they are now; built when first asked for, on the CPU."""
-        if self._model is None:
-            _hide_gpus()  # before anything else imports TensorFlow
+        import_tensorflow()
         from dtrain.model import build_variables, make_model, write_state
 
         if self._model is None:
@@ -477,43 +475,6 @@ def _keras_settings() -> dict[str, Any]:
         "image_data_format": keras.config.image_data_format(),
         "dtype_policy": keras.config.dtype_policy().name,
     }
-
-
-def _hide_gpus() -> None:
-    """Keep the driver's model off the GPUs, which are the workers'; and TensorFlow's first words off the terminal."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # or it calls a machine without a GPU an error
-    with contextlib.nullcontext() if "tensorflow" in sys.modules else _without_native_log_lines():
-        import tensorflow as tf
-
-    with contextlib.suppress(RuntimeError):  # the user's own code has initialised them already
-        tf.config.set_visible_devices([], "GPU")
-
-
-@contextlib.contextmanager
-def _without_native_log_lines() -> Iterator[None]:
-    """Keep log lines off stderr that TensorFlow writes past Python, and before it reads its settings.
-
-    Whatever else comes to stderr meanwhile, from any thread, is written when this ends.
-    """
-    with tempfile.TemporaryFile() as held, contextlib.ExitStack() as stack:
-        try:
-            stderr = os.dup(2)
-        except OSError:  # there is none
-            yield
-            return
-        stack.callback(os.close, stderr)
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            held.seek(0)
-            os.write(2, _NATIVE_LOG_LINE.sub(b"", held.read()))
-
-
-_NATIVE_LOG_LINE = re.compile(
-    rb"^(WARNING: All log messages before absl::InitializeLog|[IWE]\d{4} \d\d:\d\d:\d\d).*\n?", re.M
-)
 
 
 def _shut_down_at_exit(trainer: Trainer) -> None:

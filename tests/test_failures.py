@@ -150,9 +150,8 @@ def test_more_workers_than_there_is_room_for_are_refused_with_a_table(local_ray:
         with pytest.raises(ConfigError, match=r"num_workers=99 .* room for 8") as caught:
             trainer.fit(*blobs(8), verbose=0)
         assert "asked 99, the cluster has 8" in str(caught.value)
-    with dtrain.Trainer(make_classifier, use_gpu=True, **QUIET) as trainer:
-        with pytest.raises(ConfigError, match="GPU"):
-            trainer.fit(*blobs(8), verbose=0)
+    with dtrain.Trainer(make_classifier, use_gpu=True, **QUIET) as trainer, pytest.raises(ConfigError, match="GPU"):
+        trainer.fit(*blobs(8), verbose=0)
 
 
 X, Y = blobs(10)

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "dtrain"
 STOREYS = {
     "words": "config types errors",
     "leaves": "model keras_internals data data.source data.sampler data.loader collective rendezvous checkpoint runs"
-    " tracking journal mlflow_run progress plots description history setup horovod_build _horovod_cmake",
+    " tracking journal mlflow_run progress plots description history setup driver_tensorflow horovod_build _horovod_cmake",
     "one rank": "replica step optimizer losses metrics callbacks",
     "many": "worker_group worker telemetry cluster",
     "decisions": "controller policy",
@@ -25,7 +25,7 @@ STOREYS = {
 
 OWNERS = {
     "ray": "cluster worker_group worker telemetry data.ray_*",
-    "tensorflow": "replica step optimizer losses metrics collective setup data.tf_*",
+    "tensorflow": "driver_tensorflow replica step optimizer losses metrics collective setup data.tf_*",
     "keras": "model keras_internals replica step optimizer losses metrics callbacks setup",
     "keras.src": "keras_internals",
     "horovod": "collective doctor",

@@ -1,7 +1,6 @@
 """Claims about dtrain.Trainer on a real Ray: what users see of a job that goes well."""
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -59,6 +59,7 @@ CORE = ("sgd_momentum", "adam", "regularizers", "sample_weight", "several_output
 
 FEATURES = (
     *CORE,
+    "adam_usual_epsilon",
     "class_weight",
     "metrics_binary",
     "metrics_of_classes",
@@ -92,12 +93,20 @@ FEATURES = (
 )
 """Equal for any N; those that are not in CORE at one uneven size."""
 
+FLOAT64_ONLY = ("adam_usual_epsilon",)
+"""Where float32's own errors are larger than what the bound is measured by (see features.adam_optimizer)."""
+
 ONE_RANK_ONLY = ("batch_normalization", "dropout")
 """The stated exceptions of several ranks; at N=1 they are plain Keras, too."""
 
 
 ONE_STEP = Size(17, 17)
 """One mini-batch an epoch, of uneven parts."""
+
+
+def pairs(*features: str) -> list[tuple[str, str]]:
+    """Features with each of their dtypes."""
+    return [(name, dtype) for name in features for dtype in DTYPES if dtype == "float64" or name not in FLOAT64_ONLY]
 
 
 def runs_of(feature: str, world_size: int) -> list[Run]:

@@ -110,9 +110,18 @@ def mlp(
     return model
 
 
+def adam_optimizer(**options: Any) -> keras.optimizers.Optimizer:
+    """Adam that float32 can be measured with.
+
+    The learning rate moves weights far enough for rounding to show in plain Keras as well. With the usual epsilon of
+    1e-7, a gradient whose rows cancel to nearly 0 is blown up to a whole step, rounding and all; where plain Keras then
+    errs the same way for any order of the rows, its runs differ from each other less than each from float64.
+    """
+    return keras.optimizers.Adam(0.02, epsilon=1e-3, **options)
+
+
 def adam(**compiled: Any) -> keras.Model:
-    """With a learning rate at which weights move far enough for float32's rounding to show in plain Keras as well."""
-    return mlp(keras.optimizers.Adam(0.02), **{"metrics": ["accuracy"], **compiled})
+    return mlp(adam_optimizer(), **{"metrics": ["accuracy"], **compiled})
 
 
 def sgd_momentum() -> keras.Model:
@@ -198,7 +207,7 @@ def cnn() -> keras.Model:
             layers.Dense(3, activation="softmax"),
         ]
     )
-    model.compile(keras.optimizers.Adam(0.02), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.compile(adam_optimizer(), "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
 
 
@@ -211,7 +220,7 @@ def masked_lstm() -> keras.Model:
             layers.Dense(3, activation="softmax"),
         ]
     )
-    model.compile(keras.optimizers.Adam(0.02), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.compile(adam_optimizer(), "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
 
 
@@ -223,7 +232,7 @@ def masked_outputs() -> keras.Model:
     number = layers.Dense(1, name="number")(layers.GlobalAveragePooling1D()(embedded))
     model = keras.Model(x, {"tokens": each, "number": number})
     losses = {"tokens": "sparse_categorical_crossentropy", "number": "mse"}
-    model.compile(keras.optimizers.Adam(0.02), losses, metrics={"tokens": ["accuracy"]})
+    model.compile(adam_optimizer(), losses, metrics={"tokens": ["accuracy"]})
     return model
 
 
@@ -231,7 +240,7 @@ def ignore_class() -> keras.Model:
     model = keras.Sequential(
         [keras.Input((6,), dtype="int32"), layers.Embedding(9, 4), layers.Dense(3, activation="softmax")]
     )
-    model.compile(keras.optimizers.Adam(0.02), keras.losses.SparseCategoricalCrossentropy(ignore_class=1))
+    model.compile(adam_optimizer(), keras.losses.SparseCategoricalCrossentropy(ignore_class=1))
     return model
 
 
@@ -244,7 +253,7 @@ def sparse_gradients(**clipped: float) -> keras.Model:
             layers.Dense(3, activation="softmax"),
         ]
     )
-    model.compile(keras.optimizers.Adam(0.02, **clipped), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.compile(adam_optimizer(**clipped), "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
 
 
@@ -341,7 +350,7 @@ def custom(model_class: type[keras.Model], **compiled: Any) -> keras.Model:
 
 def unbuilt() -> keras.Model:
     model = keras.Sequential([layers.Dense(8, activation="tanh"), layers.Dense(3, activation="softmax")])
-    model.compile(keras.optimizers.Adam(0.02), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.compile(adam_optimizer(), "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
 
 
@@ -355,7 +364,7 @@ def batch_normalization() -> keras.Model:
             layers.Dense(3, activation="softmax"),
         ]
     )
-    model.compile(keras.optimizers.Adam(0.02), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.compile(adam_optimizer(), "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
 
 
@@ -369,7 +378,7 @@ def dropout() -> keras.Model:
             layers.Dense(3, activation="softmax"),
         ]
     )
-    model.compile(keras.optimizers.Adam(0.02), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.compile(adam_optimizer(), "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
 
 
@@ -415,7 +424,7 @@ def _sgd(**options: Any) -> Callable[[], keras.Model]:
 
 
 def _adam(**options: Any) -> Callable[[], keras.Model]:
-    return lambda: mlp(keras.optimizers.Adam(0.02, **options))
+    return lambda: mlp(adam_optimizer(**options))
 
 
 def _scheduled() -> keras.Model:
@@ -436,6 +445,7 @@ def _loss(reduction: str) -> Callable[[], keras.Model]:
 FEATURES: dict[str, Feature] = {
     "sgd_momentum": Feature(sgd_momentum, classes),
     "adam": Feature(adam, classes),
+    "adam_usual_epsilon": Feature(lambda: mlp("adam", metrics=["accuracy"]), classes),
     "regularizers": Feature(regularizers, classes),
     "sample_weight": Feature(sample_weight, weighted_classes),
     "several_outputs": Feature(several_outputs, named_parts),
@@ -449,12 +459,12 @@ FEATURES: dict[str, Feature] = {
     "clipnorm": Feature(_sgd(clipnorm=0.05), classes),
     "global_clipnorm": Feature(_sgd(global_clipnorm=0.1), classes),
     "clipvalue": Feature(_sgd(clipvalue=0.02), classes),
-    "weight_decay": Feature(lambda: mlp(keras.optimizers.AdamW(0.02, weight_decay=0.1)), classes),
+    "weight_decay": Feature(lambda: mlp(keras.optimizers.AdamW(0.02, epsilon=1e-3, weight_decay=0.1)), classes),
     "ema": Feature(_adam(use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=3), classes),
     "accumulation": Feature(_adam(gradient_accumulation_steps=3, global_clipnorm=0.5), classes),
     "schedule_nesterov": Feature(_scheduled, classes),
     "loss_scaling": Feature(
-        lambda: mlp(keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.02), dynamic_growth_steps=4)), classes
+        lambda: mlp(keras.optimizers.LossScaleOptimizer(adam_optimizer(), dynamic_growth_steps=4)), classes
     ),
     "masked_lstm": Feature(masked_lstm, tokens),
     "masked_outputs": Feature(masked_outputs, tokens_and_numbers),

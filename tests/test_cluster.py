@@ -1,0 +1,84 @@
+"""Claims about jobs on Ray: what its job list shows, existing clusters, and what travels to the workers."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = """
+import numpy as np
+import dtrain
+
+def make_model():
+    import keras
+    model = keras.Sequential([keras.layers.Dense(3)])
+    model.compile("sgd", "mse")
+    return model
+
+with dtrain.Trainer(make_model) as trainer:
+    history = trainer.fit(np.zeros((8, 5)), np.zeros((8, 3)), verbose=2)
+    print("run", history.run_id)
+"""
+
+
+def test_a_submitted_job_carries_the_mlflow_run_in_its_metadata(local_ray: None, in_tmp: Path) -> None:
+    import ray
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    (in_tmp / "script.py").write_text(SCRIPT)
+    client = JobSubmissionClient(f"http://{ray._private.worker.global_worker.node.webui_url}")
+    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
+    job = client.submit_job(
+        entrypoint=f"cd {in_tmp} && {sys.executable} script.py",
+        metadata={"team": "vision"},
+        runtime_env={"env_vars": environment},
+    )
+    deadline = time.monotonic() + 300
+    while not (status := client.get_job_status(job)).is_terminal():
+        assert time.monotonic() < deadline, client.get_job_logs(job)
+        time.sleep(0.5)
+    logs = client.get_job_logs(job)
+    assert status == JobStatus.SUCCEEDED, logs
+    (run_id,) = [line.removeprefix("run ") for line in logs.splitlines() if len(line) == 36 and line[:4] == "run "]
+    metadata = client.get_job_info(job).metadata
+    assert metadata["mlflow_run_id"] == run_id and metadata["team"] == "vision" and metadata["dtrain_run"]
+
+
+def test_a_local_ray_keeps_its_token_to_the_user(tmp_path: Path) -> None:
+    code = "from dtrain import cluster; import ray; cluster.connect(None); print(ray.cluster_resources()['CPU'])"
+    environment = {**os.environ, "HOME": str(tmp_path), "RAY_TMPDIR": str(tmp_path)}
+    environment = {key: value for key, value in environment.items() if not key.startswith("RAY_")}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert float(result.stdout) >= 1
+    token = tmp_path / ".ray" / "auth_token"
+    assert token.stat().st_mode & 0o077 == 0
+
+
+def test_what_could_never_fit_is_told_from_what_is_taken(local_ray: None) -> None:
+    from dtrain.cluster import check_resources
+    from dtrain.errors import ConfigError
+
+    check_resources(8, {"CPU": 1.0})
+    check_resources(16, {"CPU": 0.5})
+    with pytest.raises(ConfigError, match="room for 8"):
+        check_resources(9, {"CPU": 1.0})
+    with pytest.raises(ConfigError, match="special"):
+        check_resources(1, {"CPU": 1.0, "special": 1.0})
+
+
+def test_ray_client_addresses_are_refused(monkeypatch: Any) -> None:
+    from dtrain.cluster import check_address
+    from dtrain.errors import ConfigError
+
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    with pytest.raises(ConfigError, match="ray job submit"):
+        check_address(None)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert check_address(None) == "head:6379"
+    assert check_address("local") is None
