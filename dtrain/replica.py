@@ -239,7 +239,7 @@ class Replica:
         ranked = RankCallbacks(
             callbacks, self.model, self.collective, epochs=1, steps=sampler.steps_per_epoch, verbose=0
         )
-        return self._evaluate(plan, source, ranked)
+        return self._in_order(self._evaluate(plan, source, ranked))
 
     def predict(
         self, plan: BatchPlan, source: DataSource, callbacks: Sequence[keras.callbacks.Callback] = ()
@@ -277,7 +277,7 @@ class Replica:
         rows = batch.read(np.arange(len(batch), dtype=np.int64)[part.rows])
         data = _to_tensors(map_tree(lambda leaf: leaf[None], rows))
         state, own = self._call(kind, Chunk(0, 1, data, part.share, part.whole, len(batch)))
-        return _last(self._global_logs(kind, [state], [own], "batch"))
+        return self._in_order(_last(self._global_logs(kind, [state], [own], "batch")))
 
     def _evaluate(self, plan: BatchPlan, source: DataSource, callbacks: RankCallbacks) -> Logs:
         loader = Loader(source, plan, self.collective.rank, self.collective.world_size, _to_tensors)
@@ -328,6 +328,11 @@ class Replica:
             return {key: value.numpy() for key, value in zip(names, summed, strict=True)}
         kept = states if self._metrics.records_steps else states[-1:]
         return self._metrics.global_logs(concatenate(kept), self.collective, f"{kind}.{name}.metrics")
+
+    def _in_order(self, logs: Logs) -> Logs:
+        """The logs in the order in which Keras lists them where no dict is asked for."""
+        names = [metric.name for metric in self.model.metrics if metric.name in logs]
+        return {name: logs[name] for name in [*names, *(key for key in sorted(logs) if key not in names)]}
 
     def _check_same_model(self) -> None:
         signatures = self.collective.all_gather_json(describe(self.model).signature, "signature")

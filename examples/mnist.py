@@ -56,8 +56,8 @@ def fashion_mnist(folder=Path("/usr/share/datasets/fashion-mnist")):
 
     def read(name, header):
         (file,) = folder.glob(f"{name}*")
-        data = (gzip.open(file) if file.suffix == ".gz" else open(file, "rb")).read()
-        return np.frombuffer(data, np.uint8, offset=header)
+        data = file.read_bytes()
+        return np.frombuffer(gzip.decompress(data) if file.suffix == ".gz" else data, np.uint8, offset=header)
 
     def images(name):
         return read(name, 16).reshape(-1, 28, 28, 1).astype("float32") / 255

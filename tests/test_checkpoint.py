@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,11 @@ def folder_of(checkpoint: Checkpoint) -> Path:
 
 
 @pytest.fixture(params=["local", "file", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CheckpointStore]:
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
     prefix = {"local": str(tmp_path), "file": tmp_path.as_uri(), "memory": f"memory://{uuid.uuid4().hex}"}[
         request.param
     ]
-    yield CheckpointStore(f"{prefix}/run 1/checkpoints")
+    return CheckpointStore(f"{prefix}/run 1/checkpoints")
 
 
 @pytest.fixture

@@ -57,6 +57,7 @@ def test_a_validation_every_other_epoch_stands_where_it_was_made() -> None:
 
 
 def test_pyplot_is_never_loaded() -> None:
-    code = "import sys; from dtrain.plots import training_curves as t; t({'loss': [1.0]}, [0]).savefig('/dev/null', format='png')"
+    code = "import sys; from dtrain.plots import training_curves as t"
+    code += "; t({'loss': [1.0]}, [0]).savefig('/dev/null', format='png')"
     code += "; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(plots.__file__).parents[1])

@@ -144,7 +144,8 @@ def test_a_long_epoch_gets_a_plain_line_now_and_then() -> None:
         bar.update(step, {"loss": 0.5}, 100.0)
     bar.close()
     assert out.getvalue().splitlines() == [
-        f"Epoch 1/2 -  {step}/100 - {step}s<{format_seconds(100 - step)} 1s/step - loss: 0.5000 - 100 samples/s - 1 worker"
+        f"Epoch 1/2 -  {step}/100 - {step}s<{format_seconds(100 - step)} 1s/step - loss: 0.5000 - 100 samples/s"
+        " - 1 worker"
         for step in (10, 20, 30)
     ]
 
@@ -248,8 +249,15 @@ def test_an_unknown_verbose_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.5, "0.5000"), (0.001, "1.0000e-03"), (0.0, "0.0000e+00"), (-2.0, "-2.0000"), (float("nan"), "nan"), (1e9, "1000000000.0000")],
-)  # fmt: skip
+    [
+        (0.5, "0.5000"),
+        (0.001, "1.0000e-03"),
+        (0.0, "0.0000e+00"),
+        (-2.0, "-2.0000"),
+        (float("nan"), "nan"),
+        (1e9, "1000000000.0000"),
+    ],
+)
 def test_metrics_look_as_in_keras(value: float, text: str) -> None:
     assert format_metric(value) == text
 

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from dtrain.types import Position
 
 
 @pytest.fixture(params=["local", "file", "memory"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     runs = tmp_path / "runs"
-    yield {"local": str(runs), "file": runs.as_uri(), "memory": f"memory://{uuid.uuid4().hex}"}[request.param]
+    return {"local": str(runs), "file": runs.as_uri(), "memory": f"memory://{uuid.uuid4().hex}"}[request.param]
 
 
 def commit(run: RunFolder, step: int) -> str:
@@ -59,8 +58,15 @@ def test_ordinary_names_are_taken(name: str, tmp_path: Path) -> None:
         "a ",
         "a*",
         "a?b",
-    ]
-    + ["[a]", "a::b", "\u202egnp", "\ud800", "x" * 201, "ä" * 101, None, 3],
+        "[a]",
+        "a::b",
+        "\u202egnp",
+        "\ud800",
+        "x" * 201,
+        "ä" * 101,
+        None,
+        3,
+    ],
 )
 def test_names_that_could_mean_more_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run_name="):
