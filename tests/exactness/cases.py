@@ -54,11 +54,13 @@ SIZES = (
     Size(23, 2),  # at N=3 every mini-batch has fewer rows than ranks
 )
 
-CORE = ("sgd_momentum", "adam", "regularizers", "sample_weight", "several_outputs")
-"""Compared at all sizes."""
+CORE = ("sgd_momentum", "adam", "sample_weight")
+"""Compared at all sizes, at N=2 and N=3 in both dtypes."""
 
 FEATURES = (
     *CORE,
+    "regularizers",
+    "several_outputs",
     "adam_usual_epsilon",
     "class_weight",
     "metrics_binary",
@@ -91,7 +93,10 @@ FEATURES = (
     "user_callback",
     "batch_hooks",
 )
-"""Equal for any N; those that are not in CORE at one uneven size."""
+"""Equal for any N; those that are not in CORE at one uneven size, in float64 at N=3 and in float32 at N=2.
+
+The two other combinations run with `--exactness-full`.
+"""
 
 FLOAT64_ONLY = ("adam_usual_epsilon",)
 """Where float32's own errors are larger than what the bound is measured by (see features.adam_optimizer)."""
@@ -102,6 +107,16 @@ ONE_RANK_ONLY = ("batch_normalization", "dropout")
 
 ONE_STEP = Size(17, 17)
 """One mini-batch an epoch, of uneven parts."""
+
+
+def combinations() -> list[tuple[int, str, str]]:
+    """N above 1, feature and dtype, one N after the other: forming a group takes time."""
+    return [(n, feature, dtype) for n in (2, 3) for feature, dtype in pairs(*FEATURES)]
+
+
+def is_left_out(world_size: int, feature: str, dtype: str) -> bool:
+    """Whether a combination runs with `--exactness-full` only."""
+    return feature not in CORE and (world_size, dtype) in ((2, "float64"), (3, "float32"))
 
 
 def pairs(*features: str) -> list[tuple[str, str]]:

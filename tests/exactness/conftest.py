@@ -12,6 +12,7 @@ from exactness import table
 from exactness.cases import Run, Size, runs_of, sizes_of
 
 ROWS = pytest.StashKey[list[table.Row]]()
+LEFT_OUT = pytest.StashKey[int]()
 
 
 class Lab:
@@ -83,11 +84,22 @@ def rows(request: pytest.FixtureRequest) -> list[table.Row]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exactness-table", metavar="FILE", help="write the table of differences in short, as Markdown")
+    group = parser.getgroup("exactness")
+    group.addoption("--exactness-table", metavar="FILE", help="write the table of differences in short, as Markdown")
+    group.addoption("--exactness-full", action="store_true", help="compare all features for all N in both dtypes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes long; left out by make test-fast")
+    config.addinivalue_line("markers", "full: runs with --exactness-full only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--exactness-full", default=False):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        config.stash[LEFT_OUT] = len(left_out)
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -96,6 +108,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section("largest differences from plain Keras")
     terminalreporter.write_line(table.full(rows))
+    if config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(
+            "left out: most features at N=2 in float64 and at N=3 in float32; --exactness-full compares them, too"
+        )
     path = config.getoption("--exactness-table", default=None)
     if path:
         Path(path).write_text(table.short(rows))

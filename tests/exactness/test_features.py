@@ -4,14 +4,29 @@ from typing import Any
 
 import pytest
 
-from exactness.cases import CORE, DTYPES, FEATURES, ONE_RANK_ONLY, UNEVEN, Run, Size, pairs, sizes_of
+from exactness.cases import (
+    CORE,
+    DTYPES,
+    FEATURES,
+    ONE_RANK_ONLY,
+    UNEVEN,
+    Run,
+    Size,
+    combinations,
+    is_left_out,
+    pairs,
+    sizes_of,
+)
 from exactness.compare import GROUPS, compare
 from exactness.table import Row
 
-TOGETHER = [pytest.param(*pair, marks=() if pair[0] in CORE else pytest.mark.slow) for pair in pairs(*FEATURES)]
+TOGETHER = [
+    pytest.param(*case, marks=[pytest.mark.slow] * (case[1] not in CORE) + [pytest.mark.full] * is_left_out(*case))
+    for case in combinations()
+]
 
 
-@pytest.mark.parametrize(("feature", "dtype"), [*TOGETHER, *pairs(*ONE_RANK_ONLY)])
+@pytest.mark.parametrize(("feature", "dtype"), pairs(*FEATURES, *ONE_RANK_ONLY))
 def test_one_rank_is_plain_keras_to_the_last_bit(lab: Any, rows: list[Row], feature: str, dtype: str) -> None:
     plain, (rank,) = lab.plain(feature, dtype), lab.distributed(1, feature, dtype)
     different = {}
@@ -22,8 +37,7 @@ def test_one_rank_is_plain_keras_to_the_last_bit(lab: Any, rows: list[Row], feat
     assert not different
 
 
-@pytest.mark.parametrize(("feature", "dtype"), TOGETHER)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(("world_size", "feature", "dtype"), TOGETHER)
 def test_n_ranks_end_where_plain_keras_does(
     lab: Any, rows: list[Row], world_size: int, feature: str, dtype: str
 ) -> None:
@@ -38,8 +52,7 @@ def test_n_ranks_end_where_plain_keras_does(
     assert not too_large
 
 
-@pytest.mark.parametrize(("feature", "dtype"), TOGETHER)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(("world_size", "feature", "dtype"), TOGETHER)
 def test_the_comparison_sees_shares_of_1_over_n(lab: Any, world_size: int, feature: str, dtype: str) -> None:
     """The same comparison fails where every rank counts 1/N, whatever its rows.
 
