@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
-RUN := $(UV) run --frozen --no-sync
+RUN := .venv/bin
 DATA ?= mnist
 
 .PHONY: help setup quickstart test test-fast check clean
@@ -24,19 +24,19 @@ setup: tools ## the locked environment in .venv, with Horovod built from its sou
 	$(UV) sync --frozen --all-extras --no-extra gpu
 
 quickstart: setup ## train a small network on real digits on 2 workers (DATA=fashion-mnist: on 60,000 images)
-	$(RUN) python examples/mnist.py --data $(DATA)
+	$(RUN)/python examples/mnist.py --data $(DATA)
 
 test: setup ## the whole test suite
-	$(RUN) pytest
+	$(RUN)/pytest
 
 test-fast: setup ## what is worth running after every change
-	$(RUN) pytest -m "not slow"
+	$(RUN)/pytest -m "not slow"
 
 check: setup ## ruff, mypy, the fences, links in Markdown
-	$(RUN) ruff check .
-	$(RUN) ruff format --check .
-	$(RUN) mypy
-	$(RUN) pytest -q tests/test_fences.py tests/test_docs.py
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/pytest -q tests/test_fences.py tests/test_docs.py
 
 clean: ## what building and running left here
 	rm -rf .venv .tools .mypy_cache .pytest_cache .ruff_cache dtrain_runs

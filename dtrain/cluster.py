@@ -8,7 +8,9 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import cloudpickle
 import ray
@@ -54,13 +56,14 @@ def connect(address: str | None) -> bool:
     logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_no_token_notice)
     umask = os.umask(0o077)  # Ray writes the token file as any other
     try:
-        ray.init(
-            address=address or "local",
-            namespace=NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            configure_logging=False,
-        )
+        with _workers_in_this_environment() if address is None else contextlib.nullcontext():
+            ray.init(
+                address=address or "local",
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                configure_logging=False,
+            )
     except (ConnectionError, ValueError) as error:
         raise ConfigError(
             f"address={address!r}: no Ray cluster answers there ({error}); start one with 'ray start --head', or leave"
@@ -69,6 +72,14 @@ def connect(address: str | None) -> bool:
     finally:
         os.umask(umask)
     return True
+
+
+def _workers_in_this_environment() -> AbstractContextManager[object]:
+    """Keep Ray from copying the working directory and starting every worker by `uv run` where the script was.
+
+    On one machine the workers run in the script's own environment. On a cluster that copy may be what the user wants.
+    """
+    return patch.object(ray._private.ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", False)
 
 
 def _is_no_token_notice(record: logging.LogRecord) -> bool:

@@ -6,6 +6,7 @@ means never occurs.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
@@ -38,6 +39,19 @@ def shared_means(share: tf.Tensor) -> Iterator[None]:
 
     with patch.object(Mean, "update_state", update_state):
         yield
+
+
+def sum_in_rank_order(tensors: Sequence[tf.Tensor], collective: Collective, name: str) -> list[tf.Tensor]:
+    """Sum over ranks to the same bits whatever else is in the buffer, so that segments may end anywhere. Collective.
+
+    A ring adds a number's parts in an order that depends on its place in the buffer, which from 3 ranks on shows in the
+    last bit. Here each rank's numbers travel in a row of their own, beside zeros, and are added up on arrival.
+    """
+    if collective.world_size <= 2:
+        return collective.all_reduce(tensors, name)
+    before, after = collective.rank, collective.world_size - 1 - collective.rank
+    rows = [tf.pad(tensor[None], [[before, after]] + [[0, 0]] * tensor.shape.rank) for tensor in tensors]
+    return [functools.reduce(tf.add, tf.unstack(every)) for every in collective.all_reduce(rows, name)]
 
 
 class MetricState:
@@ -75,7 +89,10 @@ class MetricState:
         if not self.variables:
             return {}
         local = self.read()
-        summed = collective.all_reduce([self._addend(i, s, collective) for i, s in enumerate(states)], name)
+        addends = [self._addend(i, s, collective) for i, s in enumerate(states)]
+        # Of large states only the last is kept: the buffer is the same for any K, and so is the order of the sum.
+        in_order = self.records_steps
+        summed = sum_in_rank_order(addends, collective, name) if in_order else collective.all_reduce(addends, name)
         results = self._results(summed)
         self.assign(local)
         return {key: value.numpy() for key, value in results.items()}

@@ -19,7 +19,7 @@ from dtrain.data.loader import Chunk, Loader
 from dtrain.data.sampler import Sampler, even_split, shard
 from dtrain.data.source import ArraySource, DataSource, Rows, keras_batch, map_tree
 from dtrain.errors import ConfigError
-from dtrain.metrics import MetricState
+from dtrain.metrics import MetricState, sum_in_rank_order
 from dtrain.model import State, build, build_variables, describe, learning_rate, read_state, spread_seeds, write_state
 from dtrain.step import Kind, Steps, concatenate
 from dtrain.types import (
@@ -324,7 +324,7 @@ class Replica:
         names = self._steps[kind].own_logs
         if names:
             local = [tf.constant(np.concatenate([returned[key] for returned in own])) for key in names]
-            summed = self.collective.all_reduce(local, f"{kind}.{name}.logs")
+            summed = sum_in_rank_order(local, self.collective, f"{kind}.{name}.logs")
             return {key: value.numpy() for key, value in zip(names, summed, strict=True)}
         kept = states if self._metrics.records_steps else states[-1:]
         return self._metrics.global_logs(concatenate(kept), self.collective, f"{kind}.{name}.metrics")

@@ -1,6 +1,7 @@
 """Claims about jobs on Ray: what its job list shows, existing clusters, and what travels to the workers."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -58,6 +59,20 @@ def test_a_local_ray_keeps_its_token_to_the_user(tmp_path: Path) -> None:
     assert float(result.stdout) >= 1
     token = tmp_path / ".ray" / "auth_token"
     assert token.stat().st_mode & 0o077 == 0
+
+
+def test_a_script_started_by_uv_run_has_its_workers_in_its_own_environment(tmp_path: Path) -> None:
+    uv = shutil.which("uv") or str(Path(__file__).parents[1] / ".tools" / "bin" / "uv")
+    if not Path(uv).exists():
+        pytest.skip("there is no uv on this machine")
+    (tmp_path / "script.py").write_text(
+        "from dtrain import cluster; import ray, sys; cluster.connect(None)\n"
+        "print(ray.get(ray.remote(lambda: sys.executable).remote(), timeout=200) == sys.executable)"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    command = [uv, "run", "--no-project", "--python", sys.executable, "script.py"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.stdout.strip() == "True", result.stderr
 
 
 def test_what_could_never_fit_is_told_from_what_is_taken(local_ray: None) -> None:
