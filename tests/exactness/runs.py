@@ -296,7 +296,7 @@ def _steps_per_call(number: int | None) -> Iterator[None]:
 
 
 def _fresh_model(feature: Feature, dtype: str) -> keras.Model:
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)  # to collect garbage every time takes longer than to train
     keras.config.set_floatx(dtype)
     keras.config.set_dtype_policy(dtype)
     keras.utils.set_random_seed(11)
