@@ -204,10 +204,10 @@ def fit_arguments(
         ConfigError: a number makes no sense, or two arguments contradict each other.
         DataError: the data cannot be trained on.
     """
-    whole_number("epochs", epochs, 0)
-    whole_number("initial_epoch", initial_epoch, 0)
-    if isinstance(validation_freq, int):
-        whole_number("validation_freq", validation_freq, 1)
+    epochs = whole_number("epochs", epochs, 0)
+    initial_epoch = whole_number("initial_epoch", initial_epoch, 0)
+    if not isinstance(validation_freq, Sequence):
+        validation_freq = whole_number("validation_freq", validation_freq, 1)
     if validation_split and validation_data is None:
         if isinstance(x, DataSource):
             raise DataError(

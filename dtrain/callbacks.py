@@ -73,9 +73,11 @@ class RankCallbacks:
     def _agree(self, hook: str, assigned: Sequence[Any]) -> None:
         variables = _variables_of(self._model)
         changed = [i for i, v in enumerate(variables) if any(v is other for other in assigned)]
-        decision = {"stop": bool(self._model.stop_training), "changed": changed}
+        flags = {flag: bool(getattr(self._model, flag, False)) for flag in ("stop_training", "stop_evaluating")}
+        decision = {"flags": flags, "changed": changed}
         decision = self._collective.broadcast_json(decision, f"{hook}.decision")
-        self._model.stop_training = decision["stop"]
+        for flag, value in decision["flags"].items():
+            setattr(self._model, flag, value)
         values = [variables[i].numpy() for i in decision["changed"]]
         for index, value in zip(decision["changed"], self._collective.broadcast(values, f"{hook}.values"), strict=True):
             variables[index].assign(value)

@@ -87,15 +87,19 @@ class Controller:
         sampler = Sampler(plan.train, plan.initial_epoch)
         record.position = Position(plan.initial_epoch, 0)
         self._group.call("begin_fit", plan, train, validation, callbacks, watch=self._watch)
+        ended: SegmentResult | None = None
         for epoch in range(plan.initial_epoch, plan.epochs):
             ended = self._run_epoch(epoch, sampler, record)
             is_last = ended.stop or epoch + 1 == plan.epochs
-            if saving is not None and ended.epoch_end and checkpoint_is_due(saving.config, epoch, is_last):
-                self._save(saving, ended.epoch_end, record)
             if is_last:
                 break
+            if saving is not None and ended.epoch_end and checkpoint_is_due(saving.config, epoch, is_last):
+                self._save(saving, ended.epoch_end, record)
         finished = self._group.call("end_fit", watch=self._watch)
         record.history, record.callback_states = finished[0]
+        # The last one is of the finished model: the end of a fit restores the best weights, or takes their averages.
+        if saving is not None and ended is not None and ended.epoch_end:
+            self._save(saving, ended.epoch_end, record)
 
     def run_pass(self, task: str, plan: BatchPlan, source: Any, callbacks: bytes) -> list[Any]:
         """Run `evaluate` or `predict` on all workers; what each returned."""

@@ -23,7 +23,7 @@ from dtrain.controller import Controller
 from dtrain.data.source import DataSource, keras_batch
 from dtrain.doctor import quick_horovod_problem
 from dtrain.driver_tensorflow import import_tensorflow
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.errors import CheckpointError, ConfigError, DtrainError
 from dtrain.fit_run import FitRun
 from dtrain.history import History
 from dtrain.progress import ProgressBar
@@ -120,7 +120,7 @@ class Trainer:
         self._num_fits = 0
         self._example: Tree = None  # the first row of the data: what models are built from
         self._model: keras.Model | None = None
-        self._model_is_current = True  # or the workers have trained on since it was read
+        self._model_is_current = False  # it has the workers' weights
         self._pending: State | None = None  # what the workers get as soon as there are any
         self._weights_are_lost = False  # the workers died with them
         self._newest_checkpoint: str | None = None
@@ -222,8 +222,9 @@ class Trainer:
         return_dict: bool = False,
     ) -> Any:
         """One update on one mini-batch, split over the workers; as in `keras.Model.train_on_batch`."""
-        logs = self._on_batch("train", arguments.source_of(x, y, sample_weight, class_weight))
+        source = arguments.source_of(x, y, sample_weight, class_weight)
         self._model_is_current = False
+        logs = self._on_batch("train", source)
         return logs if return_dict else _flat_logs(logs)
 
     def test_on_batch(self, x: Any, y: Tree = None, sample_weight: Tree = None, return_dict: bool = False) -> Any:
@@ -241,6 +242,7 @@ class Trainer:
     @property
     def model(self) -> "keras.Model":
         """A local keras.Model with the weights as they are now; built when first asked for, on the CPU."""
+        self._fall_back()
         import_tensorflow()
         from dtrain.model import build_variables, make_model, write_state
 
@@ -248,10 +250,9 @@ class Trainer:
             self._model = make_model(self.model_fn, self.config)
         if self._model.built or self._example is not None:
             build_variables(self._model, keras_batch(self._example))
-        self._fall_back()
-        state = self._pending
-        if state is None and not self._model_is_current and self._group is not None:
-            state = self._group.call("read_state")[0]
+        state, group = self._pending, self._group
+        if state is None and not self._model_is_current and group is not None and group.description is not None:
+            state = group.call("read_state")[0]
         if state is not None and self._model.built:
             write_state(self._model, _without_random(state))
             self._model_is_current = True
@@ -264,13 +265,15 @@ class Trainer:
 
     def set_weights(self, weights: Sequence[Array]) -> None:
         """As `keras.Model.set_weights`, on all workers."""
-        self.model.set_weights(weights)
-        self._send_model()
+        model = self.model
+        model.set_weights(weights)
+        self._send_model(model)
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
         """As `keras.Model.load_weights`, on all workers."""
-        self.model.load_weights(path)
-        self._send_model()
+        model = self.model
+        model.load_weights(path)
+        self._send_model(model)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """As `keras.Model.save`: the file is plain Keras and knows nothing of dtrain."""
@@ -287,7 +290,14 @@ class Trainer:
             CheckpointError: it is missing, damaged, or of another model.
         """
         loaded = load_checkpoint(os.fspath(url))
-        self._send(dict(sorted(loaded.tensors[MODEL_FILE].items())))
+        if self._group is not None and not self._group.closed:
+            self._keep_weights(self._group)
+        kept = self._pending
+        try:
+            self._send(dict(sorted(loaded.tensors[MODEL_FILE].items())))
+        except CheckpointError:
+            self._pending = kept
+            raise
 
     # --- workers
 
@@ -298,20 +308,23 @@ class Trainer:
 
     def shutdown(self, keep_weights: bool = True) -> None:
         """Stop the workers. The weights are kept unless told otherwise; the next verb starts workers again."""
-        if self._group is not None:
-            if keep_weights:
-                self._keep_weights(self._group)
-            self._group.close()
-            self._group = None
-        if self._owns_ray:
-            cluster.disconnect()
-            self._owns_ray = False
+        group, self._group = self._group, None
+        try:
+            if group is not None and keep_weights:
+                self._keep_weights(group)
+        finally:
+            if group is not None:
+                group.close()
+            if self._owns_ray:
+                cluster.disconnect()
+                self._owns_ray = False
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After Ctrl-C the workers may be stuck, and are not asked for anything.
+        self.shutdown(keep_weights=kind is None or issubclass(kind, Exception))
 
     def start(
         self, source: DataSource, display: ProgressBar, run_name: str | None = None, with_loss: bool = True
@@ -320,7 +333,7 @@ class Trainer:
         self._fall_back()
         if self._group is None or self._group.closed:
             self._owns_ray |= cluster.connect(self._address)
-            cluster.check_resources(self.num_workers, self._resources)
+            cluster.check_resources(self.num_workers, self._resources, self._strategy)
             self._group = self._new_group(run_name or self.run_name or unique_name(), display)
         group = self._group
         first = source.read(np.zeros(1, np.int64))
@@ -343,8 +356,12 @@ class Trainer:
             runtime_env=self._runtime_env,
         )
         group = WorkerGroup(spec)
-        group.start(display.status)
-        group.call("make_model", self._pickled_model_fn)
+        try:
+            group.start(display.status)
+            group.call("make_model", self._pickled_model_fn)
+        except BaseException:
+            group.close()
+            raise
         return group
 
     def _settings(self, run_name: str, cpus: float, workers_on_node: int) -> WorkerSettings:
@@ -374,11 +391,16 @@ class Trainer:
 
     def _keep_weights(self, group: WorkerGroup) -> None:
         """Take the weights from workers that are about to end."""
-        if self._model_is_current or self._pending is not None:
+        if self._pending is not None:
             return
-        self._weights_are_lost = True
+        if self._model_is_current and self._model is not None:
+            from dtrain.model import read_state
+
+            self._pending = _without_random(read_state(self._model))
+            return
+        self._weights_are_lost = group.description is not None  # one that was never built has nothing to lose
         with contextlib.suppress(DtrainError):
-            if not group.closed:
+            if self._weights_are_lost and not group.closed:
                 self._pending, self._weights_are_lost = group.call("read_state")[0], False
 
     def _fall_back(self) -> None:
@@ -388,7 +410,7 @@ class Trainer:
             self._group = None
         if not self._weights_are_lost:
             return
-        self._weights_are_lost, self._model_is_current = False, True
+        self._weights_are_lost, self._model_is_current = False, False
         if self._newest_checkpoint is None:
             log.warning("the workers died with the weights, and there is no checkpoint: starting again from model_fn's")
             self._model = None
@@ -396,20 +418,28 @@ class Trainer:
             log.warning("the workers died with the weights: going on from %s", self._newest_checkpoint)
             self.restore(self._newest_checkpoint)
 
-    def _send_model(self) -> None:
+    def _send_model(self, model: "keras.Model") -> None:
         """Give the workers the local model's weights, now or when they start."""
         from dtrain.model import read_state
 
-        self._send(_without_random(read_state(self.model)))
+        self._send(_without_random(read_state(model)))
 
     def _send(self, state: "State") -> None:
         self._pending, self._model_is_current = state, False
         self._send_pending()
 
     def _send_pending(self) -> None:
-        if self._pending is not None and self._group is not None and not self._group.closed:
-            self._group.call("write_state", cluster.put(self._pending))
-            self._pending = None
+        state, self._pending = self._pending, None
+        if state is None or self._group is None or self._group.closed:
+            self._pending = state
+            return
+        try:
+            self._group.call("write_state", cluster.put(state))
+        except CheckpointError:
+            raise  # refused once is refused for good
+        except BaseException:
+            self._pending = state
+            raise
 
     def _run_pass(
         self,

@@ -41,7 +41,7 @@ def _reported(method: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: "Worker", *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # the user's own sys.exit is no crash of the process
             return _failure(error)
 
     return wrapper
@@ -212,7 +212,7 @@ def _unpickled(name: str, data: bytes) -> Any:
         ) from error
 
 
-def _failure(error: Exception) -> Failure:
+def _failure(error: BaseException) -> Failure:
     with contextlib.suppress(Exception):
         from dtrain.collective import is_lost_peer
 

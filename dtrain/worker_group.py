@@ -26,6 +26,8 @@ log = logging.getLogger("dtrain")
 
 POLL_SECONDS = 0.1
 """How often a wait looks at progress."""
+NAME_SECONDS = 5.0
+"""How long an actor that has ended may hold its name."""
 BLAME_SECONDS = 3.0
 """After a first failure, how long the others have to say what happened to them."""
 
@@ -124,6 +126,7 @@ class WorkerGroup:
                 break  # the culprit is known; the others are stuck waiting for it
             watch()
         if failures:
+            watch()  # what the user's code printed before it raised
             error = self._error_from(failures)
             self.close()
             raise error
@@ -139,15 +142,18 @@ class WorkerGroup:
 
     def close(self) -> None:
         """End all processes and give back their room. May be called again, and in any state."""
-        for actor in self._actors:
-            ray.kill(actor, no_restart=True)
-        self._actors = []
-        if self._placement is not None:
-            remove_placement_group(self._placement)
-            self._placement = None
-        if self._rendezvous is not None:
-            self._rendezvous.close()
-            self._rendezvous = None
+        actors, self._actors = self._actors, []
+        placement, self._placement = self._placement, None
+        rendezvous, self._rendezvous = self._rendezvous, None
+        try:
+            if ray.is_initialized():  # or they have ended with it
+                for actor in actors:
+                    ray.kill(actor, no_restart=True)
+                if placement is not None:
+                    remove_placement_group(placement)
+        finally:
+            if rendezvous is not None:
+                rendezvous.close()
 
     def _reserve(self, status: Callable[[str], None]) -> None:
         bundles = [dict(self.spec.resources)] * self.spec.num_workers
@@ -247,6 +253,11 @@ def check_name(run_name: str) -> None:
     Raises:
         ConfigError: naming the run.
     """
-    with contextlib.suppress(ValueError):
-        ray.get_actor(f"dtrain:{run_name}:rank0", namespace=NAMESPACE)
-        raise ConfigError(f"run_name={run_name!r} is training on this cluster already; choose another run_name")
+    deadline = time.monotonic() + NAME_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            ray.get_actor(f"dtrain:{run_name}:rank0", namespace=NAMESPACE)
+        except ValueError:
+            return
+        time.sleep(POLL_SECONDS)  # one that was ended a moment ago keeps its name for another
+    raise ConfigError(f"run_name={run_name!r} is training on this cluster already; choose another run_name")

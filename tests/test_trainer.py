@@ -233,3 +233,18 @@ def test_one_worker_is_plain_keras_bit_for_bit_and_checkpoints_restore(
     with dtrain.Trainer(make_classifier, threads_per_worker=1, tracking=False) as other:
         other.restore(history.checkpoint)
         assert other.evaluate(x, y, verbose=0) == expected
+
+
+def test_weights_outlive_the_workers(local_ray: None) -> None:
+    x, y = blobs(50)
+    with dtrain.Trainer(make_classifier, threads_per_worker=1, **QUIET) as trainer:
+        trainer.fit(x, y, epochs=3, verbose=0)
+        expected = trainer.evaluate(x, y, verbose=0)
+        weights = trainer.get_weights()  # the local model has them now
+        trainer.shutdown()
+        assert trainer.evaluate(x, y, verbose=0) == expected
+        other = [weight + 1 for weight in weights]
+        trainer.shutdown()
+        trainer.set_weights(weights)
+        trainer.set_weights(other)
+        assert close(trainer.get_weights(), other)
