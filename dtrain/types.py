@@ -110,7 +110,7 @@ class SegmentResult:
             shows it), the same on all ranks; empty where steps are not recorded.
         logs: the last of them.
         seconds: time that the steps took, without validation and callbacks.
-        learning_rates: the learning rate of each step, where the optimizer has one.
+        learning_rate: the optimizer's, after the last step, where it has one.
         epoch_end: set when the segment ended an epoch.
         stop: training is over: a callback set `stop_training`.
     """
