@@ -143,3 +143,11 @@ def test_a_step_beyond_the_epoch_is_refused() -> None:
 def test_a_plan_that_makes_no_sense_is_refused(change: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Sampler(BatchPlan(**{"num_rows": 7, "batch_size": 3, **change}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "world_size", "shares"),
+    [(5, 2, [3 / 5, 2 / 5]), (17, 3, [6 / 17, 6 / 17, 5 / 17]), (4, 2, [0.5, 0.5]), (2, 3, [1 / 3] * 3)],
+)
+def test_a_share_is_the_ranks_rows_over_all_rows(num_rows: int, world_size: int, shares: list[float]) -> None:
+    assert [shard(num_rows, world_size, rank).share for rank in range(world_size)] == shares
