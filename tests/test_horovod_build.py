@@ -97,6 +97,7 @@ def test_a_dry_run_prints_the_command_and_runs_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("ran"))
+    monkeypatch.setattr(horovod_build.shutil, "which", lambda name: f"/usr/bin/{name}")  # uv may be in .tools only
     install_horovod(dry_run=True)
     printed = capsys.readouterr().out
     assert "HOROVOD_WITH_GLOO=1" in printed
@@ -113,6 +114,13 @@ def test_pip_is_used_where_it_is_and_uv_elsewhere(monkeypatch: pytest.MonkeyPatc
     assert command[: len(start)] == start
     assert {"--no-build-isolation", "--no-binary", "--no-deps", "horovod==0.28.1"} <= set(command)
     assert {"--no-cache-dir", "--force-reinstall"} <= set(command) or {"--no-cache", "--reinstall"} <= set(command)
+
+
+def test_without_pip_and_uv_the_error_says_how_to_get_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(horovod_build.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(horovod_build.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"neither pip nor uv; run: .* -m ensurepip$"):
+        horovod_build.install_command()
 
 
 @pytest.mark.parametrize(
