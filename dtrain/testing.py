@@ -1,0 +1,94 @@
+"""Owns what users test their own models with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dtrain.data.source import ArraySource
+from dtrain.driver_tensorflow import import_tensorflow
+from dtrain.errors import DataError
+from dtrain.trainer import Trainer
+from dtrain.types import Tree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import keras
+
+TOLERANCE = 1e-4
+"""Float32 rounds; what is no mean over rows is further off."""
+
+
+@dataclass(frozen=True)
+class Shardability:
+    """How far one step on several workers is from the same step in one process.
+
+    Attributes:
+        loss: relative difference of the loss.
+        weights: the largest difference of a weight after the step, relative to the largest change of a weight.
+        exceptions: sentences on layers that are known not to compute the same (random numbers, BatchNormalization).
+    """
+
+    loss: float
+    weights: float
+    exceptions: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether both are the same but for rounding."""
+        return max(self.loss, self.weights) <= TOLERANCE
+
+
+def check_shardable(
+    model_fn: "Callable[..., keras.Model]",
+    batch: Tree,
+    *,
+    num_workers: int = 2,
+    config: Mapping[str, Any] | None = None,
+) -> Shardability:
+    """Tell whether a model's own losses are means over rows, by training one step on several workers and on one.
+
+    What dtrain cannot see from outside shows here: a loss function, an `add_loss` or a `compute_loss` that sums over
+    rows, or mixes them. Mark such a loss with `dtrain.whole_batch`. It takes as long as starting some workers.
+
+    Args:
+        model_fn: as for `dtrain.Trainer`.
+        batch: (x, y) or (x, y, sample_weight): one mini-batch; of an even split the last row is left out, since parts
+            of the same size would hide a mean of means.
+        num_workers: how many workers to compare with one.
+        config: as for `dtrain.Trainer`.
+
+    Raises:
+        DataError: the batch has fewer than `num_workers + 1` rows.
+
+    Example:
+        >>> assert dtrain.testing.check_shardable(make_model, (x[:32], y[:32])).exact
+    """
+    source = ArraySource(*(batch if isinstance(batch, tuple) else (batch,)))
+    rows = len(source) - (len(source) % num_workers == 0)
+    if rows < num_workers + 1:
+        raise DataError(f"batch has {len(source)} rows: {num_workers} workers need at least {num_workers + 1}")
+    import_tensorflow()
+    from dtrain.model import describe, make_model
+
+    x, y, sample_weight = (*source.read(np.arange(rows, dtype=np.int64)), None, None)[:3]
+    with Trainer(
+        model_fn, num_workers=num_workers, config=config, tracking=False, checkpoint=False, deterministic=True
+    ) as trainer:
+        trainer.test_on_batch(x, y, sample_weight)  # builds the model
+        before = trainer.get_weights()
+        many = trainer.train_on_batch(x, y, sample_weight, return_dict=True)
+        after = trainer.get_weights()
+    model = make_model(model_fn, config)
+    model.test_on_batch(x, y, sample_weight)
+    model.set_weights(before)
+    one = model.train_on_batch(x, y, sample_weight, return_dict=True)
+    loss = abs(many["loss"] - float(one["loss"])) / max(abs(float(one["loss"])), 1e-7)
+    change = max(_largest(model.get_weights(), before), 1e-7)
+    return Shardability(loss, _largest(model.get_weights(), after) / change, describe(model).exceptions)
+
+
+def _largest(one: list[Any], other: list[Any]) -> float:
+    return max((float(np.max(np.abs(a - b), initial=0.0)) for a, b in zip(one, other, strict=True)), default=0.0)
