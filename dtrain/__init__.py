@@ -7,10 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dtrain import data, errors
+    from dtrain import data, errors, testing
     from dtrain.callbacks import on_every_rank
     from dtrain.config import CheckpointConfig, MLflowConfig
     from dtrain.history import History
+    from dtrain.losses import whole_batch
+    from dtrain.optimizer import reduce_gradients
     from dtrain.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -21,10 +23,23 @@ _HOMES = {
     "CheckpointConfig": "dtrain.config",
     "MLflowConfig": "dtrain.config",
     "on_every_rank": "dtrain.callbacks",
+    "reduce_gradients": "dtrain.optimizer",
+    "whole_batch": "dtrain.losses",
 }
-_MODULES = ("data", "errors")
+_MODULES = ("data", "errors", "testing")
 
-__all__ = ["CheckpointConfig", "History", "MLflowConfig", "Trainer", "data", "errors", "on_every_rank"]
+__all__ = [
+    "CheckpointConfig",
+    "History",
+    "MLflowConfig",
+    "Trainer",
+    "data",
+    "errors",
+    "on_every_rank",
+    "reduce_gradients",
+    "testing",
+    "whole_batch",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -34,6 +34,12 @@ class Collective(Protocol):
     def all_gather_slices(self, slices: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
         """Concatenate the rows of a sparse gradient over ranks, in rank order, unmerged."""
 
+    def all_gather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        """Concatenate the rows of all ranks, in rank order; they may have different numbers of them.
+
+        Differentiable: what comes back to a rank's rows is the sum over the ranks.
+        """
+
     def broadcast(self, arrays: Sequence[Array], name: str, root: int = 0) -> list[Array]:
         """Return `root`'s arrays, bit for bit, on all ranks. The others' give shapes and dtypes. Eager only."""
 
@@ -58,6 +64,9 @@ class LocalCollective:
 
     def all_gather_slices(self, slices: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
         return slices
+
+    def all_gather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        return tensor
 
     def broadcast(self, arrays: Sequence[Array], name: str, root: int = 0) -> list[Array]:
         return list(arrays)
@@ -114,6 +123,23 @@ class HorovodCollective:
         values = self._hvd.allgather(slices.values, name=f"{name}.values", ignore_name_scope=True)
         indices = self._hvd.allgather(slices.indices, name=f"{name}.indices", ignore_name_scope=True)
         return tf.IndexedSlices(values, indices, dense_shape=slices.dense_shape)
+
+    def all_gather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        rows = tf.shape(tensor)[0]
+        counts = self._hvd.allgather(rows[None], name=f"{name}.rows", ignore_name_scope=True)
+        start = tf.reduce_sum(counts[: self.rank])
+
+        @tf.custom_gradient  # type: ignore[untyped-decorator]
+        def gather(own: tf.Tensor) -> Any:
+            def gradient(every: tf.Tensor) -> tf.Tensor:
+                (summed,) = self.all_reduce([every], f"{name}.gradient")  # Horovod's own gradient is a mean
+                return summed[start : start + rows]
+
+            gathered = self._hvd.allgather(own, name=name, ignore_name_scope=True)
+            gathered.set_shape([None, *own.shape[1:]])
+            return gathered, gradient
+
+        return gather(tensor)
 
     def broadcast(self, arrays: Sequence[Array], name: str, root: int = 0) -> list[Array]:
         if not arrays:

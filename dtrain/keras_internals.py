@@ -10,7 +10,9 @@ from unittest.mock import patch
 
 import keras
 from keras.src.backend import compute_output_spec
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.variables import Variable
+from keras.src.backend.tensorflow import nn as backend_nn
 from keras.src.losses import loss as loss_module
 from keras.src.metrics.reduction_metrics import Mean
 from keras.src.random import seed_generator as seed_module
@@ -19,14 +21,17 @@ from keras.src.utils import is_default
 
 __all__ = [
     "Mean",
+    "backend_nn",
     "build_from_batch",
     "build_from_inputs",
+    "get_keras_mask",
     "global_seed_generator",
     "is_default",
     "layers_of",
     "loss_module",
     "recorded_assignments",
     "seed_generators_of",
+    "set_keras_mask",
     "unpack_x_y_sample_weight",
 ]
 

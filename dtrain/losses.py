@@ -1,20 +1,31 @@
-"""Owns the exact value of losses whose divisor is not the number of rows.
+"""Owns the exact value of losses that are no mean over rows.
 
-A loss that is a mean over rows becomes exact by row shares alone. One with a mask, with reduction "sum" or
-"mean_with_sample_weight" divides by something else; while a step is traced, the one function that every
-`keras.losses.Loss` goes through is replaced, and the divisor is summed over ranks first.
+A loss that is a mean over rows becomes exact by row shares alone. Of the others there are two kinds:
+
+- one with a mask, with reduction "sum" or "mean_with_sample_weight", divides by something else than the number of rows:
+  while a step is traced, the one function that every `keras.losses.Loss` goes through is replaced, and the divisor is
+  summed over ranks first;
+- one that mixes rows (Dice, Tversky, Circle, and what users mark with `whole_batch`) is computed on every rank from the
+  rows of all, which are gathered first.
 """
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
+import keras
 import tensorflow as tf
 from keras import ops
 
-from dtrain.keras_internals import loss_module
+from dtrain.collective import Collective
+from dtrain.keras_internals import get_keras_mask, loss_module, set_keras_mask
 from dtrain.optimizer import Reduction
+
+T = TypeVar("T")
+
+_MIX_ROWS = (keras.losses.Dice, keras.losses.Tversky, keras.losses.Circle)
+_FUNCTIONS_MIX_ROWS = tuple(keras.losses.get(name) for name in ("dice", "tversky", "circle"))
 
 _MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
@@ -23,7 +34,9 @@ _MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 def exact_losses(step: Reduction) -> Iterator[None]:
     """Inside, every Keras loss times this rank's share, summed over ranks, is the whole mini-batch's loss."""
     plain = loss_module.reduce_weighted_values
+    plain_call, plain_update = keras.losses.Loss.__call__, keras.metrics.MeanMetricWrapper.update_state
     calls = 0
+    on_whole_batch = False
 
     def reduce_weighted_values(
         values: Any,
@@ -33,6 +46,8 @@ def exact_losses(step: Reduction) -> Iterator[None]:
         dtype: Any = None,
     ) -> Any:
         nonlocal calls
+        if on_whole_batch:
+            return plain(values, sample_weight, mask, reduction, dtype)
         values = ops.convert_to_tensor(values, dtype=dtype)
         is_mean = reduction in _MEANS
         by_weight = reduction == "mean_with_sample_weight" and sample_weight is not None
@@ -48,5 +63,69 @@ def exact_losses(step: Reduction) -> Iterator[None]:
             calls += 1
         return tf.math.divide_no_nan(total, divisor * tf.cast(step.share, total.dtype))
 
-    with patch.object(loss_module, "reduce_weighted_values", reduce_weighted_values):
+    def call(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        nonlocal calls, on_whole_batch
+        if not mixes_rows(self):
+            return plain_call(self, y_true, y_pred, sample_weight)
+        gathered = _gather((y_true, y_pred, sample_weight), step.collective, f"rows{calls}")
+        calls += 1
+        on_whole_batch = True
+        try:
+            return plain_call(self, *gathered)  # times each rank's share, it is counted once
+        finally:
+            on_whole_batch = False
+
+    def update_state(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        nonlocal calls
+        rows = (y_true, y_pred, sample_weight)
+        if mixes_rows(self):
+            rows = _gather(rows, step.collective, f"rows{calls}")
+            calls += 1
+        return plain_update(self, *rows)
+
+    with (
+        patch.object(loss_module, "reduce_weighted_values", reduce_weighted_values),
+        patch.object(keras.losses.Loss, "__call__", call),
+        patch.object(keras.metrics.MeanMetricWrapper, "update_state", update_state),
+    ):
         yield
+
+
+def whole_batch(loss: T) -> T:
+    """Mark a loss (an object, its class, or a function) that is no mean over rows: it mixes rows.
+
+    On several workers it is then computed from the targets and predictions of the whole mini-batch, which are gathered
+    on every worker. Keras's own Dice, Tversky and Circle need no mark.
+
+    Example:
+        >>> @dtrain.whole_batch
+        ... def ratio(y_true, y_pred):
+        ...     return keras.ops.sum(abs(y_true - y_pred)) / keras.ops.sum(abs(y_true))
+    """
+    loss.dtrain_whole_batch = True  # type: ignore[attr-defined]
+    return loss
+
+
+def mixes_rows(loss: Any) -> bool:
+    """Whether a Keras loss (or a metric made of one) must see the whole mini-batch at once."""
+    function = getattr(loss, "fn", None) or getattr(loss, "_fn", None)
+    marked = any(getattr(item, "dtrain_whole_batch", False) for item in (loss, function))
+    return marked or isinstance(loss, _MIX_ROWS) or function in _FUNCTIONS_MIX_ROWS
+
+
+def _gather(tree: Any, collective: Collective, name: str) -> Any:
+    """The rows of all ranks, masks included."""
+    count = 0
+
+    def gather(leaf: Any) -> Any:
+        nonlocal count
+        count += 1
+        tensor = ops.convert_to_tensor(leaf)
+        every = collective.all_gather(tensor, f"{name}.{count}")
+        mask = get_keras_mask(leaf)
+        if mask is not None:
+            bits = collective.all_gather(tf.cast(mask, tf.uint8), f"{name}.{count}.mask")
+            set_keras_mask(every, tf.cast(bits, tf.bool))
+        return every
+
+    return tuple(None if part is None else keras.tree.map_structure(gather, part) for part in tree)

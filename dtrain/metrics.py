@@ -7,7 +7,7 @@ means never occurs.
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -74,6 +74,15 @@ class MetricState:
     def assign(self, values: Sequence[Any]) -> None:
         for variable, value in zip(self.variables, values, strict=True):
             variable.assign(value)
+
+    def updated(self, assigned: Sequence[Any]) -> list[str]:
+        """The names of results of metrics that have a variable among those assigned; works while tracing."""
+        names: list[str] = []
+        for metric in self._model.metrics:
+            if any(variable is other for variable in metric.variables for other in assigned):
+                result = metric.result()
+                names.extend(result if isinstance(result, Mapping) else [metric.name])
+        return names
 
     def global_logs(self, states: Sequence[Array], collective: Collective, name: str) -> dict[str, Array]:
         """Turn states into logs of the whole job. Collective.

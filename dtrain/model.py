@@ -14,7 +14,13 @@ import keras
 import numpy as np
 
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.keras_internals import build_from_batch, build_from_inputs, global_seed_generator, seed_generators_of
+from dtrain.keras_internals import (
+    build_from_batch,
+    build_from_inputs,
+    global_seed_generator,
+    layers_of,
+    seed_generators_of,
+)
 from dtrain.types import Array, ModelDescription, Tree
 
 ModelFn = Callable[..., keras.Model]
@@ -51,6 +57,20 @@ def build_variables(model: keras.Model, batch: Tree) -> None:
 def build(model: keras.Model, batch: Tree) -> None:
     """Create those of loss and metrics as well, from a batch (x, y, sample_weight) of any size."""
     build_from_batch(model, batch)
+
+
+def refuse_what_cannot_be_split(model: keras.Model) -> None:
+    """Refuse a model that several workers cannot train as one would.
+
+    Raises:
+        ConfigError: it has a stateful recurrent layer, whose state belongs to the rows of one worker.
+    """
+    stateful = [layer.name for layer in layers_of(model) if getattr(layer, "stateful", False)]
+    if stateful:
+        raise ConfigError(
+            f"layer {stateful[0]!r} is stateful: it carries the state of row i over to row i of the next mini-batch,"
+            " which may be another worker's; use stateful=False, or num_workers=1"
+        )
 
 
 def describe(model: keras.Model) -> ModelDescription:
@@ -166,11 +186,15 @@ def _signature(model: keras.Model) -> str:
 
 
 def _exceptions(model: keras.Model) -> tuple[str, ...]:
-    layers = [layer for layer in model._flatten_layers() if layer is not model]
+    layers = [layer for layer in layers_of(model) if layer is not model]
     found: list[str] = []
-    local = [x.name for x in layers if isinstance(x, keras.layers.BatchNormalization) and x.trainable]
+    normalizing = [x for x in layers if isinstance(x, keras.layers.BatchNormalization)]
+    local = [layer.name for layer in normalizing if layer.trainable and not layer.synchronized]
     if local:
-        found.append(f"BatchNormalization uses each worker's own rows for its statistics ({', '.join(local[:3])})")
+        found.append(
+            f"BatchNormalization uses each worker's own rows for its statistics ({', '.join(local[:3])});"
+            " sync_batch_norm=True makes it exact"
+        )
     random = [x.name for x in layers if getattr(x, "_seed_generators", None)]
     if random:
         found.append(f"random layers draw different numbers on each worker ({', '.join(random[:3])})")

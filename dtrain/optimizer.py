@@ -9,10 +9,13 @@ While a training step is traced, the outermost optimizers of a model are patched
   updated unless every collective has returned.
 
 Outside the trace an optimizer is plain Keras: what is saved knows nothing of dtrain.
+
+A custom train_step that reads or clips gradients itself calls `reduce_gradients`, and `apply` then reduces no more.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -37,7 +40,10 @@ class Reduction:
         statistics: variables that a forward pass may assign (moving averages).
         assigned: the variables that the step has assigned so far. Statistics among them are made equal over ranks, as
             means weighted by rows, in the same buffer as the gradients.
+        sparse_as_dense: sparse gradients are made dense and summed instead of gathered.
         reduced: how often gradients were reduced so far.
+        by_user: the forms of gradients that `reduce_gradients` has returned and no `apply` has taken yet.
+        scaled: for each optimizer, whether its `scale_loss` was called.
     """
 
     collective: Collective
@@ -45,7 +51,10 @@ class Reduction:
     whole: bool
     statistics: list[Any] = field(default_factory=list)
     assigned: list[Any] = field(default_factory=list)
+    sparse_as_dense: bool = False
     reduced: int = 0
+    by_user: list[Any] = field(default_factory=list)
+    scaled: list[bool] = field(default_factory=list)
 
     def take_statistics(self) -> list[Any]:
         """The statistics assigned since the last call."""
@@ -66,42 +75,108 @@ def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
     return [optimizer for optimizer in found if all(optimizer is not other for other in inner)]
 
 
+_CURRENT: ContextVar[Reduction | None] = ContextVar("dtrain_reduction", default=None)
+
+
 @contextlib.contextmanager
 def reduced_gradients(optimizers: Sequence[keras.optimizers.Optimizer], reduction: Reduction) -> Iterator[None]:
     """Inside, `scale_loss` and `apply` of these optimizers work on the whole mini-batch. All ranks trace the same."""
-    with contextlib.ExitStack() as stack:
-        for index, optimizer in enumerate(optimizers):
-            stack.enter_context(_patched(optimizer, f"gradients{index}", reduction))
-        yield
+    token = _CURRENT.set(reduction)
+    reduction.scaled = [False] * len(optimizers)
+    try:
+        with contextlib.ExitStack() as stack:
+            for index, optimizer in enumerate(optimizers):
+                stack.enter_context(_patched(optimizer, index, reduction))
+            yield
+    finally:
+        _CURRENT.reset(token)
 
 
 @contextlib.contextmanager
-def _patched(optimizer: keras.optimizers.Optimizer, name: str, reduction: Reduction) -> Iterator[None]:
+def _patched(optimizer: keras.optimizers.Optimizer, index: int, reduction: Reduction) -> Iterator[None]:
     plain_scale_loss, plain_apply = optimizer.scale_loss, optimizer.apply
-    scaled = False
 
     def scale_loss(loss: Any) -> Any:
-        nonlocal scaled
-        scaled = True
+        reduction.scaled[index] = True
         return plain_scale_loss(loss) * tf.cast(reduction.share, loss.dtype)
 
     def apply(grads: Any, trainable_variables: Any = None) -> Any:
-        call_name = name if reduction.reduced == 0 else f"{name}.{reduction.reduced}"
-        # A custom train_step may never call scale_loss; the gradients then carry no share yet.
-        shared = list(grads) if scaled else [_times(grad, reduction.share) for grad in grads]
+        grads = list(grads)
         _refuse_overwriting(trainable_variables)
-        gradients = reduce(shared, call_name, reduction)
-        reduction.reduced += 1
-        dependencies = [part for grad in gradients for part in _tensors_of(grad)]
+        if not _was_reduced(grads, reduction):
+            # A custom train_step may never call scale_loss; the gradients then carry no share yet.
+            shared = grads if reduction.scaled[index] else [_times(grad, reduction.share) for grad in grads]
+            grads = _reduce_counted(shared, f"gradients{index}", reduction)
+        dependencies = [part for grad in grads for part in _tensors_of(grad)]
         with tf.control_dependencies(dependencies):
-            return plain_apply(gradients, trainable_variables)
+            return plain_apply(grads, trainable_variables)
 
     with patch.object(optimizer, "scale_loss", scale_loss), patch.object(optimizer, "apply", apply):
         yield
 
 
+def reduce_gradients(grads: Sequence[Any]) -> list[Any]:
+    """Make gradients of this worker's rows those of the whole mini-batch, inside a custom `train_step`.
+
+    For a step that reads or clips its gradients before it hands them to `optimizer.apply`, which then takes them as
+    they are. Without dtrain, in plain Keras, the gradients come back unchanged: the same model trains in both. All
+    workers must call it alike.
+
+    Args:
+        grads: of a loss that is a mean over rows, or of `optimizer.scale_loss` of it; None where there is none.
+
+    Returns:
+        The gradients of the whole mini-batch's loss, the same on all workers.
+
+    Raises:
+        ConfigError: of several optimizers only some have scaled their loss, so it is unknown whose these are.
+
+    Example:
+        >>> gradients = dtrain.reduce_gradients(tape.gradient(loss, self.trainable_variables))
+        >>> gradients, norm = tf.clip_by_global_norm(gradients, 1.0)
+        >>> self.optimizer.apply(gradients, self.trainable_variables)
+    """
+    reduction = _CURRENT.get()
+    if reduction is None:
+        return list(grads)
+    if len(set(reduction.scaled)) > 1:
+        raise ConfigError(
+            "dtrain.reduce_gradients: only some of the model's optimizers have called scale_loss; call it for all of"
+            " them, or for none"
+        )
+    shared = list(grads) if any(reduction.scaled) else [_times(grad, reduction.share) for grad in grads]
+    reduced = _reduce_counted(shared, "gradients", reduction)
+    reduction.by_user.append(_form(reduced))
+    return reduced
+
+
+def _reduce_counted(grads: Sequence[Any], name: str, reduction: Reduction) -> list[Any]:
+    reduction.reduced += 1
+    return reduce(grads, f"{name}.{reduction.reduced}", reduction)
+
+
+def _was_reduced(grads: Sequence[Any], reduction: Reduction) -> bool:
+    """Whether these come from `reduce_gradients`, perhaps clipped since."""
+    if not reduction.by_user:
+        return False
+    form = _form(grads)
+    if form not in reduction.by_user:
+        raise ConfigError(
+            f"optimizer.apply was given {len(grads)} gradients, but dtrain.reduce_gradients had reduced others; reduce"
+            " all of an optimizer's gradients in one call, or none of the step's"
+        )
+    reduction.by_user.remove(form)
+    return True
+
+
+def _form(grads: Sequence[Any]) -> list[Any]:
+    return [None if grad is None else (str(grad.dtype), str(grad.shape)) for grad in grads]
+
+
 def reduce(grads: Sequence[Any], name: str, reduction: Reduction) -> list[Any]:
     """Sum gradients over ranks; moving statistics ride along and are assigned their mean weighted by rows."""
+    if reduction.sparse_as_dense:
+        grads = [tf.convert_to_tensor(grad) if isinstance(grad, tf.IndexedSlices) else grad for grad in grads]
     statistics = reduction.take_statistics()
     riders = [_times(tf.convert_to_tensor(variable.value), reduction.share) for variable in statistics]
     dense = [index for index, grad in enumerate(grads) if isinstance(grad, tf.Tensor)]

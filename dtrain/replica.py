@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from dtrain.batch_norm import synchronize
 from dtrain.callbacks import RankCallbacks
 from dtrain.collective import Collective
 from dtrain.data.loader import Chunk, Loader
@@ -20,7 +21,17 @@ from dtrain.data.sampler import Sampler, even_split, shard
 from dtrain.data.source import ArraySource, DataSource, Rows, keras_batch, map_tree
 from dtrain.errors import ConfigError
 from dtrain.metrics import MetricState, sum_in_rank_order
-from dtrain.model import State, build, build_variables, describe, learning_rate, read_state, spread_seeds, write_state
+from dtrain.model import (
+    State,
+    build,
+    build_variables,
+    describe,
+    learning_rate,
+    read_state,
+    refuse_what_cannot_be_split,
+    spread_seeds,
+    write_state,
+)
 from dtrain.step import Kind, Steps, concatenate
 from dtrain.types import (
     Array,
@@ -60,12 +71,18 @@ class Replica:
     Args:
         model: compiled; built by the first verb that brings data.
         collective: this rank's group.
+        sync_batch_norm: every BatchNormalization uses the statistics of the whole mini-batch.
+        sparse_as_dense: sparse gradients are made dense and summed, instead of gathered as they are.
     """
 
-    def __init__(self, model: keras.Model, collective: Collective) -> None:
+    def __init__(
+        self, model: keras.Model, collective: Collective, sync_batch_norm: bool = False, sparse_as_dense: bool = False
+    ) -> None:
         self.model = model
         self.collective = collective
         self.progress = Progress("idle")
+        self._sync_batch_norm = sync_batch_norm
+        self._sparse_as_dense = sparse_as_dense
         self._has_variables = False
         self._steps: dict[Kind, Steps] = {}
         self._predict_function: Any = None
@@ -86,13 +103,20 @@ class Replica:
         """
         if not self._has_variables:
             build_variables(self.model, keras_batch(batch))
+            if self.collective.world_size > 1:
+                refuse_what_cannot_be_split(self.model)
+                if self._sync_batch_norm:
+                    synchronize(self.model)
             self._check_same_model()
             self._take_over()
             self._has_variables = True
         if with_loss and not self._steps:
             build(self.model, keras_batch(batch))
             self._metrics = MetricState(self.model)
-            self._steps = {kind: Steps(self.model, self.collective, self._metrics, kind) for kind in ("train", "test")}
+            self._steps = {
+                kind: Steps(self.model, self.collective, self._metrics, kind, self._sparse_as_dense)
+                for kind in ("train", "test")
+            }
 
     def read_state(self) -> State:
         """Rank 0's state is the job's."""
@@ -321,13 +345,17 @@ class Replica:
         self, kind: Kind, states: Sequence[Sequence[Array]], own: Sequence[dict[str, Array]], name: str
     ) -> dict[str, Array]:
         """Each metric's value over all ranks after each step of some consecutive calls. Collective."""
-        names = self._steps[kind].own_logs
-        if names:
-            local = [tf.constant(np.concatenate([returned[key] for returned in own])) for key in names]
+        steps = self._steps[kind]
+        logs: dict[str, Array] = {}
+        if steps.own_logs:
+            local = [tf.constant(np.concatenate([returned[key] for returned in own])) for key in steps.own_logs]
             summed = sum_in_rank_order(local, self.collective, f"{kind}.{name}.logs")
-            return {key: value.numpy() for key, value in zip(names, summed, strict=True)}
-        kept = states if self._metrics.records_steps else states[-1:]
-        return self._metrics.global_logs(concatenate(kept), self.collective, f"{kind}.{name}.metrics")
+            logs.update((key, value.numpy()) for key, value in zip(steps.own_logs, summed, strict=True))
+        if steps.metric_logs != ():
+            kept = states if self._metrics.records_steps else states[-1:]
+            found = self._metrics.global_logs(concatenate(kept), self.collective, f"{kind}.{name}.metrics")
+            logs.update((key, found[key]) for key in steps.metric_logs or found)
+        return logs
 
     def _in_order(self, logs: Logs) -> Logs:
         """The logs in the order in which Keras lists them where no dict is asked for."""

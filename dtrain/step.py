@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from dtrain.batch_norm import synchronized_moments
 from dtrain.collective import Collective
 from dtrain.data.source import keras_batch
 from dtrain.errors import ConfigError
@@ -33,16 +34,29 @@ class Steps:
         collective: the ranks that make the same calls.
         metrics: the model's metric state.
         kind: "train" calls the model's `train_step`, "test" its `test_step`.
+        sparse_as_dense: make sparse gradients dense before they are summed.
     """
 
-    def __init__(self, model: keras.Model, collective: Collective, metrics: MetricState, kind: Kind) -> None:
+    def __init__(
+        self,
+        model: keras.Model,
+        collective: Collective,
+        metrics: MetricState,
+        kind: Kind,
+        sparse_as_dense: bool = False,
+    ) -> None:
         self._model = model
         self._collective = collective
         self._metrics = metrics
         self._kind = kind
+        self._sparse_as_dense = sparse_as_dense
         self._functions: dict[Any, Any] = {}
+        self._is_custom = getattr(type(model), f"{kind}_step") is not getattr(keras.Model, f"{kind}_step")
+        self._is_probed = False
         self.own_logs: tuple[str, ...] = ()
-        """Names of what a custom step returns besides its metrics' results; empty for Keras's own steps."""
+        """What a custom step returns besides the results of metrics that it has updated."""
+        self.metric_logs: tuple[str, ...] | None = None
+        """The metrics that a custom step has updated and returns; None: all of the model's, as Keras's own steps do."""
 
     def __call__(self, data: Tree, share: float, whole: bool) -> tuple[list[Array], dict[str, Array]]:
         """Run the steps of a chunk. Collective.
@@ -67,11 +81,6 @@ class Steps:
         states, logs = function(flat, tf.constant(counted, tf.float64))
         return [state.numpy() for state in states], {key: value.numpy() for key, value in logs.items()}
 
-    @property
-    def num_traces(self) -> int:
-        """How often a function was traced so far."""
-        return sum(getattr(f, "experimental_get_tracing_count", lambda: 0)() for f in self._functions.values())
-
     def _make(self, flat: Sequence[tf.Tensor], structure: Tree, whole: bool) -> Any:
         def run(flat: Sequence[tf.Tensor], share: tf.Tensor) -> Any:
             return self._run(flat, structure, share, whole)
@@ -84,13 +93,13 @@ class Steps:
         return tf.function(run, input_signature=signature, autograph=False, jit_compile=False)
 
     def _run(self, flat: Sequence[tf.Tensor], structure: Tree, share: tf.Tensor, whole: bool) -> Any:
+        if self._is_custom and not self._is_probed:
+            self._probe(flat, structure)
         num_steps = tf.shape(flat[0])[0]
         keep_all = self._metrics.records_steps
         slots = num_steps if keep_all else 1
         kept = [tf.TensorArray(v.dtype, slots, element_shape=v.shape) for v in self._metrics.read()]
-        logs = {
-            key: tf.TensorArray(tf.float64, num_steps, element_shape=[]) for key in self._find_own_logs(flat, structure)
-        }
+        logs = {key: tf.TensorArray(tf.float64, num_steps, element_shape=[]) for key in self.own_logs}
 
         def body(step: tf.Tensor, kept: list[Any], logs: dict[str, Any]) -> Any:
             data = tf.nest.pack_sequence_as(structure, [tensor[step] for tensor in flat])
@@ -121,11 +130,14 @@ class Steps:
         """Inside, a step's gradients, losses and metrics are this rank's part of the whole mini-batch's."""
         with contextlib.ExitStack() as stack:
             assigned = stack.enter_context(recorded_assignments())
-            reduction = Reduction(self._collective, share, whole, self._statistics(), assigned)
+            reduction = Reduction(
+                self._collective, share, whole, self._statistics(), assigned, sparse_as_dense=self._sparse_as_dense
+            )
             stack.enter_context(reduced_gradients(optimizers_of(self._model), reduction))
             stack.enter_context(shared_means(share))
             if not whole:
                 stack.enter_context(exact_losses(reduction))
+                stack.enter_context(synchronized_moments(self._collective))
             yield
             if self._kind == "train":
                 if not reduction.reduced and self._model.trainable_variables:
@@ -145,23 +157,22 @@ class Steps:
             if tf.as_dtype(variable.dtype).is_floating and all(variable is not other for other in counted)
         ]
 
-    def _find_own_logs(self, flat: Sequence[tf.Tensor], structure: Tree) -> tuple[str, ...]:
-        """The names that a custom step returns, found by tracing it once into a graph that is thrown away."""
-        method = "train_step" if self._kind == "train" else "test_step"
-        if getattr(type(self._model), method) is getattr(keras.Model, method):
-            return ()
-        names: list[str] = []
+    def _probe(self, flat: Sequence[tf.Tensor], structure: Tree) -> None:
+        """Find out what a custom step returns, by tracing it once into a graph that is thrown away."""
+        returned: list[str] = []
+        updated: list[str] = []
 
         def probe(*tensors: tf.Tensor) -> None:
             data = keras_batch(tf.nest.pack_sequence_as(structure, [tensor[0] for tensor in tensors]))
-            with self._over_ranks(tf.constant(1.0, tf.float64), False):
-                names.extend(_flat(getattr(self._model, method)(data)))
+            with recorded_assignments() as assigned, self._over_ranks(tf.constant(1.0, tf.float64), False):
+                returned.extend(_flat(getattr(self._model, f"{self._kind}_step")(data)))
+            updated.extend(self._metrics.updated(assigned))
 
         specs = [tf.TensorSpec([None, None, *tensor.shape[2:]], tensor.dtype) for tensor in flat]
         tf.function(probe, autograph=False).get_concrete_function(*specs)
-        is_metrics = set(names) == set(self._model.get_metrics_result())
-        self.own_logs = () if is_metrics else tuple(names)
-        return self.own_logs
+        self.own_logs = tuple(name for name in returned if name not in updated)
+        self.metric_logs = tuple(name for name in returned if name in updated)
+        self._is_probed = True
 
 
 def _flat(logs: Mapping[str, Any]) -> dict[str, Any]:

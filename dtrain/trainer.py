@@ -58,6 +58,11 @@ class Trainer:
         config: handed to `model_fn`, and logged as parameters.
         seed: of weights, shuffling and random layers.
         deterministic: the same run gives the same bits; None: yes on CPU, no on GPU.
+        sync_batch_norm: every BatchNormalization uses the statistics of the whole mini-batch, as one process would;
+            False: those with `synchronized=True` do, the others use each worker's own rows.
+        sparse_as_dense: sum the gradients of embeddings as dense tensors, which may be faster for small tables; the
+            result then differs from plain Keras where the optimizer or clipping is not linear in repeated rows (Adam,
+            say), which plain Keras does not add up before. False: gathered as they are, exact.
         run_name: names the MLflow run and the folder under `storage_path`; None: a unique one, which is printed.
         storage_path: folder or fsspec URL of the runs; default ./dtrain_runs.
         checkpoint: True: after every epoch, the newest 3 kept; False: none; or a `dtrain.CheckpointConfig`.
@@ -88,6 +93,8 @@ class Trainer:
         config: Mapping[str, Any] | None = None,
         seed: int = 0,
         deterministic: bool | None = None,
+        sync_batch_norm: bool = False,
+        sparse_as_dense: bool = False,
         run_name: str | None = None,
         storage_path: str | os.PathLike[str] | None = None,
         checkpoint: bool | CheckpointConfig = True,
@@ -111,6 +118,7 @@ class Trainer:
         self.tracking = _config("tracking", tracking, MLflowConfig)
         self.model_fn, self.config = model_fn, config
         self.deterministic = not use_gpu if deterministic is None else deterministic
+        self.sync_batch_norm, self.sparse_as_dense = bool(sync_batch_norm), bool(sparse_as_dense)
         self._use_gpu = use_gpu
         self._threads = threads_per_worker
         self._strategy = placement_strategy
@@ -374,6 +382,8 @@ class Trainer:
             intra_threads=self._threads or intra,
             inter_threads=inter,
             keras=_keras_settings(),
+            sync_batch_norm=self.sync_batch_norm,
+            sparse_as_dense=self.sparse_as_dense,
         )
 
     def _name_of_next_fit(self) -> str:

@@ -168,6 +168,8 @@ class WorkerSettings:
         intra_threads: TensorFlow's threads within an operation.
         inter_threads: TensorFlow's threads across operations.
         keras: what the driver has set in Keras: floatx, epsilon, image_data_format, dtype_policy.
+        sync_batch_norm: BatchNormalization uses the statistics of the whole mini-batch.
+        sparse_as_dense: sparse gradients are made dense and summed, instead of gathered as they are.
     """
 
     run_name: str
@@ -177,6 +179,8 @@ class WorkerSettings:
     intra_threads: int
     inter_threads: int
     keras: Mapping[str, Any] = field(default_factory=dict)
+    sync_batch_norm: bool = False
+    sparse_as_dense: bool = False
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class Worker:
         self._printed = _Tee(sys.stdout)
         self._replica: Any = None
         self._collective: Any = None
+        self._settings: WorkerSettings | None = None
         sys.stdout = self._printed
 
     def __repr__(self) -> str:
@@ -83,6 +84,7 @@ class Worker:
             os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
         from dtrain.setup import set_up_tensorflow
 
+        self._settings = settings
         set_up_tensorflow(settings)
 
     @_reported
@@ -101,8 +103,14 @@ class Worker:
         from dtrain.model import make_model
         from dtrain.replica import Replica
 
+        assert self._settings is not None
         model_fn, config = _unpickled("model_fn", pickled_model_fn)
-        self._replica = Replica(make_model(model_fn, config), self._collective)
+        self._replica = Replica(
+            make_model(model_fn, config),
+            self._collective,
+            self._settings.sync_batch_norm,
+            self._settings.sparse_as_dense,
+        )
 
     @_reported
     def build(self, batch: Tree, with_loss: bool) -> Any:

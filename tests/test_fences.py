@@ -17,17 +17,17 @@ STOREYS = {
     "leaves": "model keras_internals data data.source data.sampler data.loader collective rendezvous checkpoint runs"
     " tracking journal mlflow_run progress plots description history setup driver_tensorflow horovod_build"
     " _horovod_cmake",
-    "one rank": "replica step optimizer losses metrics callbacks",
+    "one rank": "replica step optimizer losses metrics batch_norm callbacks",
     "many": "worker_group worker telemetry cluster",
     "decisions": "controller policy",
-    "faces": "trainer fit_run arguments cli doctor",
+    "faces": "trainer fit_run arguments cli doctor testing",
 }
 """From the ground up. `dtrain` itself only says where names are, and stands above all."""
 
 OWNERS = {
     "ray": "cluster worker_group worker telemetry data.ray_*",
-    "tensorflow": "driver_tensorflow replica step optimizer losses metrics collective setup data.tf_*",
-    "keras": "model keras_internals replica step optimizer losses metrics callbacks setup",
+    "tensorflow": "driver_tensorflow replica step optimizer losses metrics batch_norm collective setup data.tf_*",
+    "keras": "model keras_internals replica step optimizer losses metrics batch_norm callbacks setup",
     "keras.src": "keras_internals",
     "horovod": "collective doctor",
     "mlflow": "mlflow_run",

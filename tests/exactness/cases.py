@@ -30,7 +30,8 @@ class Run:
         segment: steps in a segment; None: whole epochs.
         steps_per_call: steps in a call into TensorFlow; None: as many as the Replica thinks good.
         wrong: a mistake that must show: "1/N": each rank's share is 1/N whatever its rows; "counted N times": a
-            mini-batch that goes whole to every rank counts on all of them.
+            mini-batch that goes whole to every rank counts on all of them; "rows apart": a loss that mixes rows is
+            computed from each rank's own.
     """
 
     size: Size
@@ -98,10 +99,57 @@ FEATURES = (
 The two other combinations run with `--exactness-full`.
 """
 
-FLOAT64_ONLY = ("adam_usual_epsilon",)
+OPTIMIZERS = (
+    "optimizer_Adadelta",
+    "optimizer_Adafactor",
+    "optimizer_Adagrad",
+    "optimizer_Adamax",
+    "optimizer_Ftrl",
+    "optimizer_Lamb",
+    "optimizer_Lion",
+    "optimizer_MultiOptimizer",
+    "optimizer_Muon",
+    "optimizer_Nadam",
+    "optimizer_RMSprop",
+    "optimizer_ScheduleFreeAdamW",
+)
+
+MIXING_ROWS = ("loss_dice", "loss_tversky", "loss_circle", "loss_whole_batch")
+
+MORE_FEATURES = (
+    *OPTIMIZERS,
+    *MIXING_ROWS,
+    "normalized_synchronized",
+    "normalized_renorm",
+    "normalized_sync_batch_norm",
+    "normalized_masked",
+    "channels_first",
+    "adversaries",
+    "clips_itself",
+    "returns_some",
+    "own_loss",
+    "recurrent",
+    "frozen_and_unused",
+    "metrics_of_numbers",
+    "metrics_of_labels",
+    "metrics_of_one_hot",
+    "metrics_of_decisions",
+    "sparse_as_dense",
+    "skipped_steps",
+    "metrics_of_top_k",
+)
+"""Equal for any N as well; compared in float64 at N=1 and N=3, the rest with `--exactness-full`."""
+
+FLOAT64_ONLY = ("adam_usual_epsilon", *OPTIMIZERS)
 """Where float32's own errors are larger than what the bound is measured by (see features.adam_optimizer)."""
 
-ONE_RANK_ONLY = ("batch_normalization", "dropout")
+MIXED = ("mixed_float16", "mixed_bfloat16")
+"""Layers that compute in half of float32's bits: partial sums are rounded on each rank."""
+
+FLOAT32_ONLY = ("metrics_of_top_k", *MIXED)
+"""What there is in float32 alone."""
+
+ONE_RANK_ONLY = ("batch_normalization", "dropout", *MIXED)
 """The stated exceptions of several ranks; at N=1 they are plain Keras, too."""
 
 
@@ -111,22 +159,32 @@ ONE_STEP = Size(17, 17)
 
 def combinations() -> list[tuple[int, str, str]]:
     """N above 1, feature and dtype, one N after the other: forming a group takes time."""
-    return [(n, feature, dtype) for n in (2, 3) for feature, dtype in pairs(*FEATURES)]
+    return [(n, feature, dtype) for n in (2, 3) for feature, dtype in pairs(*FEATURES, *MORE_FEATURES)]
 
 
 def is_left_out(world_size: int, feature: str, dtype: str) -> bool:
     """Whether a combination runs with `--exactness-full` only."""
-    return feature not in CORE and (world_size, dtype) in ((2, "float64"), (3, "float32"))
+    if feature in CORE:
+        return False
+    if feature in MORE_FEATURES:
+        return world_size == 2 or (dtype == "float32" and feature not in FLOAT32_ONLY)
+    return (world_size, dtype) in ((2, "float64"), (3, "float32"))
 
 
 def pairs(*features: str) -> list[tuple[str, str]]:
     """Features with each of their dtypes."""
-    return [(name, dtype) for name in features for dtype in DTYPES if dtype == "float64" or name not in FLOAT64_ONLY]
+    other = {**dict.fromkeys(FLOAT64_ONLY, "float32"), **dict.fromkeys(FLOAT32_ONLY, "float64")}
+    return [(name, dtype) for name in features for dtype in DTYPES if dtype != other.get(name)]
+
+
+def with_mistake(feature: str) -> Run:
+    """A run that must not end where plain Keras does. Losses that mix rows are whole on every rank for any shares."""
+    return Run(UNEVEN, wrong="rows apart" if feature in MIXING_ROWS else "1/N")
 
 
 def runs_of(feature: str, world_size: int) -> list[Run]:
     """What one Replica of a feature runs: all sizes, and once with a mistake."""
-    wrong = [Run(UNEVEN, wrong="1/N")] if world_size > 1 else []
+    wrong = [with_mistake(feature)] if world_size > 1 else []
     return [Run(size) for size in sizes_of(feature)] + wrong
 
 

@@ -1,7 +1,7 @@
 """Owns the models, the data and the callbacks of each feature; loaded by the ranks alone."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers
+
+from dtrain.losses import whole_batch
+from dtrain.optimizer import reduce_gradients
 
 Data = tuple[Any, Any, Any]
 """x, y and sample_weight (which may be None)."""
@@ -27,6 +30,8 @@ class Feature:
     model: Callable[[], keras.Model]
     data: Callable[[np.random.Generator, int], Data]
     callbacks: Callable[[], list[keras.callbacks.Callback]] = list
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the Replica."""
     class_weight: Mapping[int, float] | None = None
     steps_per_epoch: int | None = None
     epochs: int = 3
@@ -211,6 +216,28 @@ def cnn() -> keras.Model:
     return model
 
 
+def channels_first() -> keras.Model:
+    first = {"data_format": "channels_first"}
+    model = keras.Sequential(
+        [
+            keras.Input((2, 8, 8)),
+            layers.Conv2D(4, 3, activation="relu", **first),
+            layers.MaxPooling2D(**first),
+            layers.BatchNormalization(axis=1, synchronized=True),
+            layers.DepthwiseConv2D(2, activation="tanh", **first),
+            layers.GlobalAveragePooling2D(**first),
+            layers.Dense(3, activation="softmax"),
+        ]
+    )
+    model.compile(adam_optimizer(), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def pictures_channels_first(random: np.random.Generator, rows: int) -> Data:
+    x, y, _ = pictures(random, rows)
+    return np.moveaxis(x, -1, 1), y, None
+
+
 def masked_lstm() -> keras.Model:
     model = keras.Sequential(
         [
@@ -244,7 +271,7 @@ def ignore_class() -> keras.Model:
     return model
 
 
-def sparse_gradients(**clipped: float) -> keras.Model:
+def sparse_gradients(optimizer: Any = None, **clipped: float) -> keras.Model:
     model = keras.Sequential(
         [
             keras.Input((4,), dtype="int32"),
@@ -253,7 +280,7 @@ def sparse_gradients(**clipped: float) -> keras.Model:
             layers.Dense(3, activation="softmax"),
         ]
     )
-    model.compile(adam_optimizer(**clipped), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.compile(optimizer or adam_optimizer(**clipped), "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
 
 
@@ -382,6 +409,317 @@ def dropout() -> keras.Model:
     return model
 
 
+# --- the whole mini-batch's statistics
+
+
+def normalized(**options: Any) -> keras.Model:
+    """Pictures through BatchNormalization over rows and places, and numbers through one over rows."""
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 2)),
+            layers.Conv2D(4, 3),
+            layers.BatchNormalization(momentum=0.9, **options),
+            layers.Activation("tanh"),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(6),
+            layers.BatchNormalization(momentum=0.8, gamma_regularizer="l2", **options),
+            layers.Dense(3, activation="softmax"),
+        ]
+    )
+    model.compile(adam_optimizer(), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def masked_normalization() -> keras.Model:
+    model = keras.Sequential(
+        [
+            keras.Input((6,), dtype="int32"),
+            layers.Embedding(9, 4, mask_zero=True),
+            layers.BatchNormalization(momentum=0.9, synchronized=True),
+            layers.Dense(3, activation="softmax"),
+        ]
+    )
+    model.compile(adam_optimizer(), "sparse_categorical_crossentropy")
+    return model
+
+
+# --- losses that mix rows
+
+
+def overlaps(random: np.random.Generator, rows: int) -> Data:
+    return random.normal(size=(rows, 5)), (random.normal(size=(rows, 3)) > 0.5).astype("float64"), None
+
+
+def unit_vectors(random: np.random.Generator, rows: int) -> Data:
+    return random.normal(size=(rows, 5)), random.integers(0, 3, rows), None
+
+
+@whole_batch
+def relative_error(y_true: Any, y_pred: Any) -> Any:
+    return keras.ops.sum(keras.ops.abs(y_true - y_pred)) / (1 + keras.ops.sum(keras.ops.abs(y_pred)))
+
+
+def mixing_rows(loss: Any, activation: str = "sigmoid") -> Callable[[], keras.Model]:
+    return lambda: mlp(keras.optimizers.SGD(0.3), loss=loss(), activation=activation, metrics=["mae"])
+
+
+def circle() -> keras.Model:
+    outputs = layers.UnitNormalization()
+    model = keras.Sequential([keras.Input((5,)), layers.Dense(4), outputs])
+    model.compile(keras.optimizers.SGD(0.01), keras.losses.Circle(gamma=4))
+    return model
+
+
+# --- more custom steps
+
+
+class Adversaries(keras.Model):
+    """Two networks, each with an optimizer of its own, and trackers of their losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = keras.Sequential([keras.Input((5,)), layers.Dense(4, activation="tanh"), layers.Dense(2)])
+        self.critic = keras.Sequential([keras.Input((2,)), layers.Dense(4, activation="tanh"), layers.Dense(1)])
+        self.generator_tracker = keras.metrics.Mean(name="generator_loss")
+        self.critic_tracker = keras.metrics.Mean(name="critic_loss")
+        self.built = True
+
+    def compile(self, generator_optimizer: Any, critic_optimizer: Any) -> None:
+        super().compile(optimizer=critic_optimizer)
+        self.generator_optimizer = generator_optimizer
+        self.generator_optimizer.build(self.generator.trainable_variables)
+        self.optimizer.build(self.critic.trainable_variables)
+
+    def call(self, inputs: Any) -> Any:
+        return self.generator(inputs)
+
+    def losses_of(self, x: Any, real: Any) -> tuple[Any, Any]:
+        made = self.generator(x, training=True)
+        entropy = keras.losses.BinaryCrossentropy(from_logits=True)
+        on_real, on_made = self.critic(real), self.critic(made)
+        critic = entropy(tf.ones_like(on_real), on_real) + entropy(tf.zeros_like(on_made), on_made)
+        return critic, entropy(tf.ones_like(on_made), on_made)
+
+    def train_step(self, data: Any) -> Any:
+        x, real = data
+        rows = tf.shape(x)[0]
+        with tf.GradientTape() as tape:
+            critic_loss, _ = self.losses_of(x, real)
+        variables = self.critic.trainable_variables
+        self.optimizer.apply(tape.gradient(critic_loss, variables), variables)
+        with tf.GradientTape() as tape:
+            _, generator_loss = self.losses_of(x, real)
+        variables = self.generator.trainable_variables
+        self.generator_optimizer.apply(tape.gradient(generator_loss, variables), variables)
+        self.critic_tracker.update_state(critic_loss, sample_weight=rows)
+        self.generator_tracker.update_state(generator_loss, sample_weight=rows)
+        return {metric.name: metric.result() for metric in (self.generator_tracker, self.critic_tracker)}
+
+    def test_step(self, data: Any) -> Any:
+        critic_loss, _ = self.losses_of(*data)
+        self.critic_tracker.update_state(critic_loss, sample_weight=tf.shape(data[0])[0])
+        return {"critic_loss": self.critic_tracker.result()}
+
+
+def adversaries() -> keras.Model:
+    model = Adversaries()
+    model.compile(adam_optimizer(), keras.optimizers.SGD(0.1, momentum=0.9))
+    return model
+
+
+class ClipsItself(CustomStep):
+    """Reads and clips the gradients of the whole mini-batch before the optimizer gets them."""
+
+    def train_step(self, data: Any) -> Any:
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x=x, y=y, y_pred=self(x, training=True))
+        gradients = reduce_gradients(tape.gradient(loss, self.trainable_variables))
+        gradients, norm = tf.clip_by_global_norm(gradients, 0.2)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss, "norm": norm}
+
+
+class ReturnsSome(CustomStep):
+    """Updates its metrics, and returns some of them beside a tensor of another name."""
+
+    def train_step(self, data: Any) -> Any:
+        logs = super().train_step(data)
+        x, _ = data
+        return {"loss": logs["loss"], "size": tf.reduce_mean(tf.abs(x))}
+
+
+class OwnLoss(CustomStep):
+    """Keras's train_step with a loss of its own."""
+
+    train_step = keras.Model.train_step
+
+    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, *_: Any, **__: Any) -> Any:
+        loss = tf.reduce_mean(tf.square(y_pred - tf.one_hot(y, 3, dtype=y_pred.dtype)))
+        return loss + 0.01 * tf.reduce_mean(tf.abs(y_pred))
+
+
+# --- more layers and metrics
+
+
+def recurrent() -> keras.Model:
+    x = keras.Input((6,), dtype="int32")
+    embedded = layers.Embedding(9, 4, mask_zero=True)(x)
+    both = layers.Bidirectional(layers.GRU(3, return_sequences=True))(embedded)
+    model = keras.Model(x, layers.Dense(3, activation="softmax")(layers.SimpleRNN(4)(both)))
+    model.compile(adam_optimizer(), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def one_class(random: np.random.Generator, rows: int) -> Data:
+    x, y, _ = tokens(random, rows)
+    return x, y[:, 0], None
+
+
+def frozen_and_unused() -> keras.Model:
+    """A layer that is not trained, and one whose gradients are None."""
+
+    class Unused(layers.Layer):
+        def build(self, input_shape: Any) -> None:
+            self.weight = self.add_weight(shape=(2,))
+
+        def call(self, inputs: Any) -> Any:
+            return inputs
+
+    frozen = layers.Dense(8, activation="tanh", trainable=False)
+    model = keras.Sequential([keras.Input((5,)), frozen, Unused(), layers.Dense(3, activation="softmax")])
+    model.compile(adam_optimizer(), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def metrics_of_numbers() -> keras.Model:
+    found = [
+        keras.metrics.MeanSquaredError(),
+        keras.metrics.RootMeanSquaredError(),
+        keras.metrics.MeanAbsoluteError(),
+        keras.metrics.MeanAbsolutePercentageError(),
+        keras.metrics.MeanSquaredLogarithmicError(),
+        keras.metrics.CosineSimilarity(),
+        keras.metrics.LogCoshError(),
+        keras.metrics.R2Score(),
+        keras.metrics.PearsonCorrelation(),
+        keras.metrics.ConcordanceCorrelation(),
+        keras.metrics.Poisson(),
+    ]
+    return mlp(keras.optimizers.SGD(0.01), loss="mse", outputs=2, activation=None, metrics=found)
+
+
+def metrics_of_labels() -> keras.Model:
+    found = [
+        keras.metrics.SparseCategoricalAccuracy(),
+        keras.metrics.SparseCategoricalCrossentropy(),
+        keras.metrics.MeanIoU(3, sparse_y_pred=False, name="mean_iou"),
+        keras.metrics.IoU(3, [0, 2], sparse_y_pred=False, name="iou"),
+    ]
+    return adam(metrics=found)
+
+
+def metrics_of_one_hot() -> keras.Model:
+    found = [
+        keras.metrics.CategoricalAccuracy(),
+        keras.metrics.OneHotMeanIoU(3, name="mean_iou"),
+        keras.metrics.OneHotIoU(3, [0, 1], name="iou"),
+        keras.metrics.FBetaScore(average="weighted", beta=2.0, name="fbeta"),
+        keras.metrics.CategoricalHinge(),
+    ]
+    return adam(loss="categorical_crossentropy", metrics=found)
+
+
+def metrics_of_decisions() -> keras.Model:
+    found = [
+        keras.metrics.BinaryAccuracy(),
+        keras.metrics.BinaryCrossentropy(),
+        keras.metrics.TruePositives(),
+        keras.metrics.TrueNegatives(),
+        keras.metrics.FalsePositives(),
+        keras.metrics.FalseNegatives(),
+        keras.metrics.SensitivityAtSpecificity(0.5, num_thresholds=20),
+        keras.metrics.SpecificityAtSensitivity(0.5, num_thresholds=20),
+        keras.metrics.PrecisionAtRecall(0.5, num_thresholds=20),
+        keras.metrics.RecallAtPrecision(0.5, num_thresholds=20),
+        keras.metrics.Hinge(),
+        keras.metrics.SquaredHinge(),
+        keras.metrics.Accuracy(),
+    ]
+    return adam(loss="binary_crossentropy", outputs=1, activation="sigmoid", metrics=found)
+
+
+def metrics_of_top_k() -> keras.Model:
+    """TensorFlow finds the k largest in float32 alone."""
+    return adam(metrics=[keras.metrics.SparseTopKCategoricalAccuracy(2)])
+
+
+# --- optimizers
+
+
+def _multi_optimizer() -> Any:
+    choice = keras.optimizers.MultiOptimizer
+    return choice(lambda variable: adam_optimizer() if "bias" in variable.path else keras.optimizers.SGD(0.1))
+
+
+OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
+    "Adadelta": lambda: keras.optimizers.Adadelta(0.5),
+    "Adafactor": lambda: keras.optimizers.Adafactor(0.05),
+    "Adagrad": lambda: keras.optimizers.Adagrad(0.1),
+    "Adamax": lambda: keras.optimizers.Adamax(0.02),
+    "Ftrl": lambda: keras.optimizers.Ftrl(0.1, l1_regularization_strength=0.01),
+    "Lamb": lambda: keras.optimizers.Lamb(0.02),
+    "Lion": lambda: keras.optimizers.Lion(0.01),
+    "MultiOptimizer": _multi_optimizer,
+    "Muon": lambda: keras.optimizers.Muon(0.02),
+    "Nadam": lambda: keras.optimizers.Nadam(0.02, epsilon=1e-3),
+    "RMSprop": lambda: keras.optimizers.RMSprop(0.02, momentum=0.5, centered=True),
+    "ScheduleFreeAdamW": lambda: keras.optimizers.ScheduleFreeAdamW(0.02, warmup_steps=3),
+}
+"""Those that no other feature has."""
+
+
+def mixed(policy: str) -> Callable[[], keras.Model]:
+    def make() -> keras.Model:
+        hidden = layers.Dense(8, activation="tanh", dtype=policy)
+        model = keras.Sequential([keras.Input((5,)), hidden, layers.Dense(3, activation="softmax", dtype="float32")])
+        optimizer: Any = keras.optimizers.SGD(0.1, momentum=0.9)
+        if policy == "mixed_float16":
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=64.0)  # nothing overflows
+        model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+        return model
+
+    return make
+
+
+def built_first(optimizer: keras.optimizers.Optimizer) -> keras.Model:
+    """ScheduleFreeAdamW needs it: in Keras it starts from other slots where they are made inside the traced step."""
+    model = mlp(optimizer)
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def some_zeros(random: np.random.Generator, rows: int) -> Data:
+    x, y, _ = classes(random, rows)
+    x[20::60] = 0.0
+    return x, y, None
+
+
+def skipped_steps() -> keras.Model:
+    """Rows of zeros have a finite loss and no finite gradients, and the optimizer skips their mini-batches."""
+    model = keras.Sequential(
+        [
+            keras.Input((5,)),
+            layers.Dense(8, use_bias=False),
+            layers.Lambda(lambda x: keras.ops.sqrt(keras.ops.abs(x))),
+            layers.Dense(3, activation="softmax"),
+        ]
+    )
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.05), dynamic_growth_steps=1)
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
 # --- callbacks
 
 
@@ -456,6 +794,7 @@ FEATURES: dict[str, Feature] = {
     "metrics_of_classes": Feature(metrics_of_classes, one_hot_classes),
     "scalar_metric": Feature(scalar_metric, classes),
     "cnn": Feature(cnn, pictures),
+    "channels_first": Feature(channels_first, pictures_channels_first),
     "clipnorm": Feature(_sgd(clipnorm=0.05), classes),
     "global_clipnorm": Feature(_sgd(global_clipnorm=0.1), classes),
     "clipvalue": Feature(_sgd(clipvalue=0.02), classes),
@@ -483,6 +822,36 @@ FEATURES: dict[str, Feature] = {
     "deciding_callbacks": Feature(lambda: mlp(keras.optimizers.SGD(0.5)), classes, deciding_callbacks, epochs=9),
     "user_callback": Feature(sgd_momentum, classes, lambda: [SlowsDownAndStops()], epochs=5),
     "batch_hooks": Feature(sgd_momentum, classes, lambda: [KeepsBatchLogs()]),
+    **{
+        f"optimizer_{name}": Feature(lambda make=make: built_first(make()), classes)  # type: ignore[misc]
+        for name, make in OPTIMIZERS.items()
+    },
+    "skipped_steps": Feature(skipped_steps, some_zeros),
+    "metrics_of_top_k": Feature(metrics_of_top_k, classes),
+    "mixed_float32": Feature(mixed("float32"), classes),
+    "mixed_float16": Feature(mixed("mixed_float16"), classes),
+    "mixed_bfloat16": Feature(mixed("mixed_bfloat16"), classes),
+    "normalized_synchronized": Feature(partial(normalized, synchronized=True), pictures),
+    "normalized_renorm": Feature(partial(normalized, synchronized=True, renorm=True), pictures),
+    "normalized_sync_batch_norm": Feature(normalized, pictures, options={"sync_batch_norm": True}),
+    "normalized_masked": Feature(masked_normalization, tokens),
+    "loss_dice": Feature(mixing_rows(keras.losses.Dice), overlaps),
+    "loss_tversky": Feature(mixing_rows(partial(keras.losses.Tversky, alpha=0.3, beta=0.7)), overlaps),
+    "loss_circle": Feature(circle, unit_vectors),
+    "loss_whole_batch": Feature(mixing_rows(lambda: relative_error, "tanh"), overlaps),
+    "adversaries": Feature(adversaries, numbers),
+    "clips_itself": Feature(partial(custom, ClipsItself), classes),
+    "returns_some": Feature(partial(custom, ReturnsSome, metrics=["accuracy"]), classes),
+    "own_loss": Feature(partial(custom, OwnLoss, metrics=["accuracy"]), classes),
+    "recurrent": Feature(recurrent, one_class),
+    "frozen_and_unused": Feature(frozen_and_unused, classes),
+    "metrics_of_numbers": Feature(metrics_of_numbers, numbers),
+    "metrics_of_labels": Feature(metrics_of_labels, classes),
+    "metrics_of_one_hot": Feature(metrics_of_one_hot, one_hot_classes),
+    "metrics_of_decisions": Feature(metrics_of_decisions, binary),
+    "sparse_as_dense": Feature(
+        lambda: sparse_gradients(optimizer=keras.optimizers.SGD(0.1)), words, options={"sparse_as_dense": True}
+    ),
     "batch_normalization": Feature(batch_normalization, classes),
     "batch_normalization_one_step": Feature(batch_normalization, classes, epochs=1),
     "dropout": Feature(dropout, classes),

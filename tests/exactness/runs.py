@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
+from dtrain import losses
 from dtrain import model as models
 from dtrain.collective import Collective, LocalCollective
 from dtrain.data import sampler
@@ -92,17 +93,17 @@ def one_rank(feature_name: str, dtype: str, runs: Sequence[Run]) -> dict[Run, Ou
 def distributed(collective: Collective, feature_name: str, dtype: str, runs: Sequence[Run]) -> dict[Run, Outcome]:
     """Train one Replica on each rank, one run after the other, each from the same initial state."""
     feature = FEATURES[feature_name]
-    replica = Replica(_fresh_model(feature, dtype), collective)
+    replica: Replica | None = None
     outcomes: dict[Run, Outcome] = {}
     initial: models.State = {}
     for run in runs:
         train, validation = make_data(feature, run.size)
-        if not outcomes:
-            replica.build(_source(feature, train).read(np.zeros(1, np.int64)))
-            initial = replica.read_state()
-        else:
+        with _mistaken(run.wrong), _steps_per_call(run.steps_per_call):
+            if replica is None or run.wrong == "rows apart":  # a mistake that is made while tracing
+                replica = Replica(_fresh_model(feature, dtype), collective, **feature.options)
+                replica.build(_source(feature, train).read(np.zeros(1, np.int64)))
+                initial = initial or replica.read_state()
             replica.write_state(initial)
-        with _wrong_shares(run.wrong), _steps_per_call(run.steps_per_call):
             outcomes[run] = _distributed_run(feature, run, replica, train, validation)
     return outcomes
 
@@ -268,7 +269,7 @@ def _batches(source: ArraySource, batch: int) -> tf.data.Dataset:
 
 
 @contextlib.contextmanager
-def _wrong_shares(wrong: str | None) -> Iterator[None]:
+def _mistaken(wrong: str | None) -> Iterator[None]:
     """Inside, the ranks make the mistake (see `Run.wrong`)."""
 
     def shard(num_rows: int, world_size: int, rank: int) -> sampler.Shard:
@@ -279,7 +280,11 @@ def _wrong_shares(wrong: str | None) -> Iterator[None]:
             return replace(right, share=1.0, whole=False)
         return right
 
-    with patch("dtrain.data.loader.shard", shard):
+    def mixes_rows(loss: Any) -> bool:
+        return wrong != "rows apart" and plain(loss)
+
+    plain = losses.mixes_rows
+    with patch("dtrain.data.loader.shard", shard), patch.object(losses, "mixes_rows", mixes_rows):
         yield
 
 

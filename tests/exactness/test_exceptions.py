@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exactness.cases import DTYPES, ONE_STEP, SIZES, UNEVEN, Run
+from exactness.cases import DTYPES, MIXED, ONE_STEP, SIZES, UNEVEN, Run
 from exactness.compare import compare, largest_difference
 
 
@@ -71,6 +71,19 @@ def test_unsynchronised_batch_normalization_is_an_exception_indeed(lab: Any, dty
     reference = lab.plain_at("batch_normalization", dtype, [UNEVEN])[UNEVEN]
     ranks = lab.run(2, "batch_normalization", dtype, [run])
     assert compare([rank[run] for rank in ranks], reference).too_large
+
+
+@pytest.mark.parametrize("feature", MIXED)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_mixed_precision_is_no_further_from_float32_than_plain_keras_is(
+    lab: Any, world_size: int, feature: str
+) -> None:
+    run = Run(UNEVEN)
+    exact = lab.plain_at("mixed_float32", "float32", [UNEVEN])[UNEVEN].run.weights
+    plain = lab.plain_at(feature, "float32", [UNEVEN])[UNEVEN].run.weights
+    ranks = [rank[run] for rank in lab.run(world_size, feature, "float32", [run])]
+    assert len({rank.digest for rank in ranks}) == 1
+    assert 0 < largest_difference(ranks[0].weights, exact) <= 2 * largest_difference(plain, exact)
 
 
 def moving(outcome: Any, name: str) -> Any:

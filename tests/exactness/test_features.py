@@ -7,6 +7,7 @@ import pytest
 from exactness.cases import (
     CORE,
     FEATURES,
+    MORE_FEATURES,
     ONE_RANK_ONLY,
     UNEVEN,
     Run,
@@ -15,6 +16,7 @@ from exactness.cases import (
     is_left_out,
     pairs,
     sizes_of,
+    with_mistake,
 )
 from exactness.compare import GROUPS, compare
 from exactness.table import Row
@@ -25,7 +27,13 @@ TOGETHER = [
 ]
 
 
-@pytest.mark.parametrize(("feature", "dtype"), pairs(*FEATURES, *ONE_RANK_ONLY))
+ALONE = [
+    pytest.param(*case, marks=[pytest.mark.full] * is_left_out(1, *case))
+    for case in pairs(*FEATURES, *MORE_FEATURES, *ONE_RANK_ONLY)
+]
+
+
+@pytest.mark.parametrize(("feature", "dtype"), ALONE)
 def test_one_rank_is_plain_keras_to_the_last_bit(lab: Any, rows: list[Row], feature: str, dtype: str) -> None:
     plain, (rank,) = lab.plain(feature, dtype), lab.distributed(1, feature, dtype)
     different = {}
@@ -52,13 +60,13 @@ def test_n_ranks_end_where_plain_keras_does(
 
 
 @pytest.mark.parametrize(("world_size", "feature", "dtype"), TOGETHER)
-def test_the_comparison_sees_shares_of_1_over_n(lab: Any, world_size: int, feature: str, dtype: str) -> None:
-    """The same comparison fails where every rank counts 1/N, whatever its rows.
+def test_the_comparison_sees_a_mistake(lab: Any, world_size: int, feature: str, dtype: str) -> None:
+    """The same comparison fails where every rank counts 1/N, whatever its rows, or sees its own rows alone.
 
     At sizes 12/1 and 23/2 no share is wrong then: their mini-batches go whole to every rank, or one row to each.
     """
     plain, ranks = lab.plain(feature, dtype), lab.distributed(world_size, feature, dtype)
-    wrong = [rank[Run(UNEVEN, wrong="1/N")] for rank in ranks]
+    wrong = [rank[with_mistake(feature)] for rank in ranks]
     assert compare(wrong, plain[UNEVEN]).too_large
 
 
