@@ -68,7 +68,7 @@ def _moments(
     total = tf.reduce_sum(x * weight, axes, keepdims=True)
     mean = tf.math.divide_no_nan(total, count)
     deviations = tf.reduce_sum(tf.square(x - mean) * weight, axes, keepdims=True)
-    own = tf.stack([count, total, deviations])
+    own = tf.cast(tf.stack([count, total, deviations]), tf.float64)  # few numbers; their sums need not round again
     before, after = collective.rank, collective.world_size - 1 - collective.rank
     (rows,) = collective.all_reduce([tf.pad(own[None], [[before, after]] + [[0, 0]] * own.shape.rank)], name)
     counts, totals, deviations = tf.unstack(rows, axis=1)
@@ -76,4 +76,4 @@ def _moments(
     mean = tf.math.divide_no_nan(tf.reduce_sum(totals, 0), number)
     between = counts * tf.square(tf.math.divide_no_nan(totals, counts) - mean)
     variance = tf.math.divide_no_nan(tf.reduce_sum(deviations + between, 0), number)
-    return mean, variance
+    return tf.cast(mean, x.dtype), tf.cast(variance, x.dtype)

@@ -21,12 +21,14 @@ from keras.src.utils import is_default
 
 __all__ = [
     "Mean",
+    "accumulators_of",
     "backend_nn",
     "build_from_batch",
     "build_from_inputs",
     "get_keras_mask",
     "global_seed_generator",
     "is_default",
+    "is_update_step",
     "layers_of",
     "loss_module",
     "recorded_assignments",
@@ -69,6 +71,23 @@ def seed_generators_of(model: keras.Model) -> list[Any]:
 def global_seed_generator() -> Any:
     """The generator that layers and ops without one of their own draw from."""
     return seed_module.global_seed_generator()
+
+
+def accumulators_of(optimizer: keras.optimizers.Optimizer, variables: Any = None) -> list[Any]:
+    """What a built optimizer with `gradient_accumulation_steps` adds gradients up in; None for a variable without one.
+
+    Args:
+        optimizer: it.
+        variables: whose, in their order; None: all that it was built with.
+    """
+    if variables is None:
+        return list(optimizer._accumulated_gradients)
+    return [optimizer._accumulated_gradients[optimizer._get_variable_index(variable)] for variable in variables]
+
+
+def is_update_step(optimizer: keras.optimizers.Optimizer) -> Any:
+    """Whether the next `apply` of an optimizer that accumulates updates the weights: a scalar tensor of bool."""
+    return (optimizer._iterations + 1) % optimizer.gradient_accumulation_steps == 0
 
 
 @contextlib.contextmanager

@@ -94,6 +94,18 @@ def describe(model: keras.Model) -> ModelDescription:
     )
 
 
+def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
+    """The outermost optimizers that a model holds as attributes, its compiled one first."""
+    found: list[keras.optimizers.Optimizer] = []
+    for layer in layers_of(model):
+        for value in vars(layer).values():
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(item, keras.optimizers.Optimizer) and all(item is not known for known in found):
+                    found.append(item)
+    inner = [getattr(optimizer, "inner_optimizer", None) for optimizer in found]
+    return [optimizer for optimizer in found if all(optimizer is not other for other in inner)]
+
+
 def learning_rate(model: keras.Model) -> float | None:
     """The compiled optimizer's learning rate now; None where there is not one of them."""
     try:
@@ -105,11 +117,12 @@ def learning_rate(model: keras.Model) -> float | None:
 def named_variables(model: keras.Model) -> dict[str, Any]:
     """Every variable that training changes, metrics left out, by a name that is unique and the same everywhere.
 
-    Names are "<group>/<place>/<path>", in alphabetical order; the groups are "model", "optimizer" and "random".
+    Names are "<group>/<place>/<path>", in alphabetical order; the groups are "model", "optimizer" (the compiled one),
+    "optimizer1" and so on (those that a model with a train_step of its own holds besides), and "random".
     """
     groups: dict[str, Sequence[Any]] = {"model": model.variables}
-    if model.optimizer is not None:
-        groups["optimizer"] = model.optimizer.variables
+    for number, optimizer in enumerate(optimizers_of(model)):
+        groups[f"optimizer{number or ''}"] = optimizer.variables
     groups["random"] = [global_seed_generator().state]
     return {
         f"{group}/{index:06d}/{variable.path}": variable
@@ -126,11 +139,13 @@ def write_state(model: keras.Model, state: Mapping[str, Array]) -> None:
     """Assign a state that `read_state` gave for the same architecture; groups that it lacks are left alone.
 
     Variables are told by group and place, checked by shape and dtype: Keras numbers layers within a process, so paths
-    may differ.
+    may differ. An optimizer that only a train_step of the model's own will build is left alone until then.
 
     Raises:
         CheckpointError: the state is of another model; nothing was assigned.
     """
+    unbuilt = {f"optimizer{number}" for number, o in enumerate(optimizers_of(model)) if number and not o.built}
+    state = {name: value for name, value in state.items() if name.split("/")[0] not in unbuilt}
     groups = {name.split("/")[0] for name in state}
     variables = {name: v for name, v in named_variables(model).items() if name.split("/")[0] in groups}
     for (name, variable), (other, value) in zip(variables.items(), sorted(state.items()), strict=False):

@@ -14,7 +14,7 @@ A custom train_step that reads or clips gradients itself calls `reduce_gradients
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +25,8 @@ import tensorflow as tf
 
 from dtrain.collective import Collective
 from dtrain.errors import ConfigError
-from dtrain.keras_internals import layers_of
+from dtrain.keras_internals import accumulators_of, is_update_step
+from dtrain.model import optimizers_of
 
 
 @dataclass
@@ -63,18 +64,6 @@ class Reduction:
         return taken
 
 
-def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
-    """The outermost optimizers that a model holds as attributes, its compiled one first."""
-    found: list[keras.optimizers.Optimizer] = []
-    for layer in layers_of(model):
-        for value in vars(layer).values():
-            for item in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(item, keras.optimizers.Optimizer) and all(item is not known for known in found):
-                    found.append(item)
-    inner = [getattr(optimizer, "inner_optimizer", None) for optimizer in found]
-    return [optimizer for optimizer in found if all(optimizer is not other for other in inner)]
-
-
 _CURRENT: ContextVar[Reduction | None] = ContextVar("dtrain_reduction", default=None)
 
 
@@ -101,12 +90,17 @@ def _patched(optimizer: keras.optimizers.Optimizer, index: int, reduction: Reduc
         return plain_scale_loss(loss) * tf.cast(reduction.share, loss.dtype)
 
     def apply(grads: Any, trainable_variables: Any = None) -> Any:
-        grads = list(grads)
+        grads, trainable_variables = list(grads), None if trainable_variables is None else list(trainable_variables)
+        if not optimizer.built and trainable_variables is not None:
+            with tf.init_scope():  # its slots must not depend on the gradients, as they would below
+                optimizer.build(trainable_variables)
         _refuse_overwriting(trainable_variables)
         if not _was_reduced(grads, reduction):
             # A custom train_step may never call scale_loss; the gradients then carry no share yet.
             shared = grads if reduction.scaled[index] else [_times(grad, reduction.share) for grad in grads]
-            grads = _reduce_counted(shared, f"gradients{index}", reduction)
+            reduce_them = _reduce_window(optimizer, trainable_variables) if sums_locally(optimizer) else reduce
+            reduction.reduced += 1
+            grads = reduce_them(shared, f"gradients{index}.{reduction.reduced}", reduction)
         dependencies = [part for grad in grads for part in _tensors_of(grad)]
         with tf.control_dependencies(dependencies):
             return plain_apply(grads, trainable_variables)
@@ -145,14 +139,10 @@ def reduce_gradients(grads: Sequence[Any]) -> list[Any]:
             " them, or for none"
         )
     shared = list(grads) if any(reduction.scaled) else [_times(grad, reduction.share) for grad in grads]
-    reduced = _reduce_counted(shared, "gradients", reduction)
+    reduction.reduced += 1
+    reduced = reduce(shared, f"gradients.{reduction.reduced}", reduction)
     reduction.by_user.append(_form(reduced))
     return reduced
-
-
-def _reduce_counted(grads: Sequence[Any], name: str, reduction: Reduction) -> list[Any]:
-    reduction.reduced += 1
-    return reduce(grads, f"{name}.{reduction.reduced}", reduction)
 
 
 def _was_reduced(grads: Sequence[Any], reduction: Reduction) -> bool:
@@ -191,6 +181,64 @@ def reduce(grads: Sequence[Any], name: str, reduction: Reduction) -> list[Any]:
     for variable, tensor in zip(statistics, received[len(dense) :], strict=True):
         variable.assign(tensor)
     return result
+
+
+def sums_locally(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether each rank accumulates its own gradients, which are reduced once for each update.
+
+    Where the loss is scaled, every mini-batch's gradients are reduced: whether they are finite is known of the sum.
+    """
+    accumulates = getattr(optimizer, "gradient_accumulation_steps", None)
+    return bool(accumulates) and optimizer.built and optimizer.loss_scale_factor is None
+
+
+def _reduce_window(optimizer: keras.optimizers.Optimizer, variables: Any) -> Callable[..., list[Any]]:
+    """`reduce` for an optimizer that accumulates: in the step that updates, all that the ranks have accumulated.
+
+    In the other steps gradients stay local. Keras adds a sparse one to a dense accumulator, so all are dense here.
+    """
+
+    def reduce_window(grads: Sequence[Any], name: str, reduction: Reduction) -> list[Any]:
+        present = [index for index, grad in enumerate(grads) if grad is not None]
+        own = [tf.convert_to_tensor(grads[index]) for index in present]
+        every = accumulators_of(optimizer, variables)
+        accumulators = [every[index] for index in present]
+
+        def update() -> list[tf.Tensor]:
+            totals = [accumulator.value + grad for accumulator, grad in zip(accumulators, own, strict=True)]
+            reduced = reduction.collective.all_reduce(totals, name)
+            with tf.control_dependencies(reduced):
+                for accumulator in accumulators:  # Keras adds them to what it is given
+                    accumulator.assign(tf.zeros_like(accumulator.value))
+            return reduced
+
+        result = list(grads)
+        reduced = tf.cond(is_update_step(optimizer), update, lambda: [tf.identity(grad) for grad in own])
+        for index, grad in zip(present, reduced, strict=True):
+            result[index] = grad
+        return result
+
+    return reduce_window
+
+
+def collect_accumulated(model: keras.Model, collective: Collective) -> None:
+    """Move what the ranks have accumulated since the last update to rank 0. The sum stays the same. Collective."""
+    for number, optimizer in enumerate(optimizers_of(model)):
+        if sums_locally(optimizer):
+            accumulators = [variable for variable in accumulators_of(optimizer) if variable is not None]
+            values = [tf.convert_to_tensor(variable.value) for variable in accumulators]
+            sums = collective.all_reduce(values, f"accumulated{number}")
+            for variable, total in zip(accumulators, sums, strict=True):
+                variable.assign(total if collective.rank == 0 else tf.zeros_like(total))
+
+
+def drop_accumulated(model: keras.Model) -> None:
+    """Forget what this rank has accumulated since the last update; another has it."""
+    for optimizer in optimizers_of(model):
+        if sums_locally(optimizer):
+            for variable in accumulators_of(optimizer):
+                if variable is not None:
+                    variable.assign(tf.zeros_like(variable.value))
 
 
 def _gather(grad: tf.IndexedSlices, name: str, reduction: Reduction) -> tf.IndexedSlices:

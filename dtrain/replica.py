@@ -32,6 +32,7 @@ from dtrain.model import (
     spread_seeds,
     write_state,
 )
+from dtrain.optimizer import collect_accumulated, drop_accumulated
 from dtrain.step import Kind, Steps, concatenate
 from dtrain.types import (
     Array,
@@ -117,9 +118,14 @@ class Replica:
                 kind: Steps(self.model, self.collective, self._metrics, kind, self._sparse_as_dense)
                 for kind in ("train", "test")
             }
+            probed = [steps.probe(batch) for steps in self._steps.values()]
+            if any(probed):
+                self._take_over()  # what only the model's own step has built
 
     def read_state(self) -> State:
-        """Rank 0's state is the job's."""
+        """The job's state, on rank 0; the others' may be parts of it. Collective."""
+        if self.collective.world_size > 1:
+            collect_accumulated(self.model, self.collective)
         return read_state(self.model)
 
     def write_state(self, state: State) -> None:
@@ -377,6 +383,8 @@ class Replica:
             own = read_state(self.model)
             received = self.collective.broadcast(list(own.values()), "state")
             write_state(self.model, dict(zip(own, received, strict=True)))
+        if self.collective.rank > 0:
+            drop_accumulated(self.model)
         spread_seeds(self.model, self.collective.rank)
 
 

@@ -20,7 +20,8 @@ from dtrain.errors import ConfigError
 from dtrain.keras_internals import recorded_assignments, seed_generators_of
 from dtrain.losses import exact_losses
 from dtrain.metrics import MetricState, shared_means
-from dtrain.optimizer import Reduction, optimizers_of, reduce, reduced_gradients
+from dtrain.model import optimizers_of
+from dtrain.optimizer import Reduction, reduce, reduced_gradients
 from dtrain.types import Array, Tree
 
 Kind = Literal["train", "test"]
@@ -52,7 +53,6 @@ class Steps:
         self._sparse_as_dense = sparse_as_dense
         self._functions: dict[Any, Any] = {}
         self._is_custom = getattr(type(model), f"{kind}_step") is not getattr(keras.Model, f"{kind}_step")
-        self._is_probed = False
         self.own_logs: tuple[str, ...] = ()
         """What a custom step returns besides the results of metrics that it has updated."""
         self.metric_logs: tuple[str, ...] | None = None
@@ -93,8 +93,6 @@ class Steps:
         return tf.function(run, input_signature=signature, autograph=False, jit_compile=False)
 
     def _run(self, flat: Sequence[tf.Tensor], structure: Tree, share: tf.Tensor, whole: bool) -> Any:
-        if self._is_custom and not self._is_probed:
-            self._probe(flat, structure)
         num_steps = tf.shape(flat[0])[0]
         keep_all = self._metrics.records_steps
         slots = num_steps if keep_all else 1
@@ -157,22 +155,34 @@ class Steps:
             if tf.as_dtype(variable.dtype).is_floating and all(variable is not other for other in counted)
         ]
 
-    def _probe(self, flat: Sequence[tf.Tensor], structure: Tree) -> None:
-        """Find out what a custom step returns, by tracing it once into a graph that is thrown away."""
+    def probe(self, batch: Tree) -> bool:
+        """Find out what a step of the model's own returns, and let it build what it builds, by tracing it once.
+
+        The graph is thrown away, and no value changes. Keras's own steps need none of it.
+
+        Args:
+            batch: (x,), (x, y) or (x, y, sample_weight); every leaf is (rows, ...).
+
+        Returns:
+            Whether there was anything to find out.
+        """
+        if not self._is_custom:
+            return False
         returned: list[str] = []
         updated: list[str] = []
+        flat = tf.nest.flatten(batch)
 
-        def probe(*tensors: tf.Tensor) -> None:
-            data = keras_batch(tf.nest.pack_sequence_as(structure, [tensor[0] for tensor in tensors]))
+        def trace(*tensors: tf.Tensor) -> None:
+            data = keras_batch(tf.nest.pack_sequence_as(batch, tensors))
             with recorded_assignments() as assigned, self._over_ranks(tf.constant(1.0, tf.float64), False):
                 returned.extend(_flat(getattr(self._model, f"{self._kind}_step")(data)))
             updated.extend(self._metrics.updated(assigned))
 
-        specs = [tf.TensorSpec([None, None, *tensor.shape[2:]], tensor.dtype) for tensor in flat]
-        tf.function(probe, autograph=False).get_concrete_function(*specs)
+        specs = [tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype) for leaf in flat]
+        tf.function(trace, autograph=False).get_concrete_function(*specs)
         self.own_logs = tuple(name for name in returned if name not in updated)
         self.metric_logs = tuple(name for name in returned if name in updated)
-        self._is_probed = True
+        return True
 
 
 def _flat(logs: Mapping[str, Any]) -> dict[str, Any]:

@@ -155,7 +155,8 @@ class Worker:
     @_reported
     def read_state(self) -> Any:
         """The job's state, from rank 0; nothing from the others."""
-        return self._replica.read_state() if self._rank == 0 else None
+        state = self._replica.read_state()
+        return state if self._rank == 0 else None
 
     @_reported
     def write_state(self, state: Any) -> None:
@@ -166,9 +167,8 @@ class Worker:
         """Write the job's state into a staging folder: rank 0 does. Returns the files' records."""
         from dtrain.checkpoint import MODEL_FILE
 
-        if self._rank > 0:
-            return ()
-        return (staging.write_tensors(MODEL_FILE, self._replica.read_state()),)
+        state = self._replica.read_state()
+        return (staging.write_tensors(MODEL_FILE, state),) if self._rank == 0 else ()
 
     def progress(self) -> Progress:
         """How far this rank is, and what it printed since the last call; answers while a method runs."""

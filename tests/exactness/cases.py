@@ -124,6 +124,9 @@ MORE_FEATURES = (
     "normalized_sync_batch_norm",
     "normalized_masked",
     "channels_first",
+    "accumulation_unfinished",
+    "accumulation_sparse",
+    "accumulation_loss_scaling",
     "adversaries",
     "clips_itself",
     "returns_some",
@@ -140,13 +143,16 @@ MORE_FEATURES = (
 )
 """Equal for any N as well; compared in float64 at N=1 and N=3, the rest with `--exactness-full`."""
 
-FLOAT64_ONLY = ("adam_usual_epsilon", *OPTIMIZERS)
-"""Where float32's own errors are larger than what the bound is measured by (see features.adam_optimizer)."""
+FLOAT64_ONLY = ("adam_usual_epsilon", "adversaries", *OPTIMIZERS)
+"""Where float32's own errors are larger than what the bound is measured by (see features.adam_optimizer).
+
+Of the adversaries the second optimizer is built by the first step, and plain runs here share one model.
+"""
 
 MIXED = ("mixed_float16", "mixed_bfloat16")
 """Layers that compute in half of float32's bits: partial sums are rounded on each rank."""
 
-FLOAT32_ONLY = ("metrics_of_top_k", *MIXED)
+FLOAT32_ONLY = ("metrics_of_top_k", "channels_first", *MIXED)
 """What there is in float32 alone."""
 
 ONE_RANK_ONLY = ("batch_normalization", "dropout", *MIXED)

@@ -223,7 +223,6 @@ def channels_first() -> keras.Model:
             keras.Input((2, 8, 8)),
             layers.Conv2D(4, 3, activation="relu", **first),
             layers.MaxPooling2D(**first),
-            layers.BatchNormalization(axis=1, synchronized=True),
             layers.DepthwiseConv2D(2, activation="tanh", **first),
             layers.GlobalAveragePooling2D(**first),
             layers.Dense(3, activation="softmax"),
@@ -271,7 +270,7 @@ def ignore_class() -> keras.Model:
     return model
 
 
-def sparse_gradients(optimizer: Any = None, **clipped: float) -> keras.Model:
+def sparse_gradients(optimizer: Any = None, **options: Any) -> keras.Model:
     model = keras.Sequential(
         [
             keras.Input((4,), dtype="int32"),
@@ -280,7 +279,7 @@ def sparse_gradients(optimizer: Any = None, **clipped: float) -> keras.Model:
             layers.Dense(3, activation="softmax"),
         ]
     )
-    model.compile(optimizer or adam_optimizer(**clipped), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.compile(optimizer or adam_optimizer(**options), "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
 
 
@@ -486,8 +485,7 @@ class Adversaries(keras.Model):
 
     def compile(self, generator_optimizer: Any, critic_optimizer: Any) -> None:
         super().compile(optimizer=critic_optimizer)
-        self.generator_optimizer = generator_optimizer
-        self.generator_optimizer.build(self.generator.trainable_variables)
+        self.generator_optimizer = generator_optimizer  # built by the first step that uses it
         self.optimizer.build(self.critic.trainable_variables)
 
     def call(self, inputs: Any) -> Any:
@@ -801,6 +799,16 @@ FEATURES: dict[str, Feature] = {
     "weight_decay": Feature(lambda: mlp(keras.optimizers.AdamW(0.02, epsilon=1e-3, weight_decay=0.1)), classes),
     "ema": Feature(_adam(use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=3), classes),
     "accumulation": Feature(_adam(gradient_accumulation_steps=3, global_clipnorm=0.5), classes),
+    "accumulation_unfinished": Feature(_adam(gradient_accumulation_steps=5, weight_decay=0.1), classes),
+    "accumulation_sparse": Feature(partial(sparse_gradients, gradient_accumulation_steps=3), words),
+    "accumulation_loss_scaling": Feature(
+        lambda: mlp(
+            keras.optimizers.LossScaleOptimizer(
+                keras.optimizers.SGD(0.1, momentum=0.9, gradient_accumulation_steps=3), dynamic_growth_steps=4
+            )
+        ),
+        classes,
+    ),
     "schedule_nesterov": Feature(_scheduled, classes),
     "loss_scaling": Feature(
         lambda: mlp(keras.optimizers.LossScaleOptimizer(adam_optimizer(), dynamic_growth_steps=4)), classes

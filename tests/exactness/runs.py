@@ -252,6 +252,7 @@ def _distributed_run(feature: Feature, run: Run, replica: Replica, train: Data, 
     rows = ArraySource(*train)
     found = replica.evaluate(BatchPlan(run.size.rows, EVALUATE_BATCH), rows)
     predictions = replica.predict(BatchPlan(run.size.rows, PREDICT_BATCH), rows)
+    replica.read_state()
     return _outcome(replica.model, history, found, predictions, steps)
 
 
@@ -313,7 +314,9 @@ def _outcome(
 ) -> Outcome:
     weights = {f"{i} {v.name}": v.numpy() for i, v in enumerate(model.weights)}
     optimizer = _numbered(model.optimizer.variables)
-    same = {**weights, **optimizer, **{f"step {key}": values for key, values in (steps or {}).items()}}
+    # What is accumulated between updates is each rank's own; rank 0 has all of it once the state was read.
+    equal = [v for v in model.optimizer.variables if "gradient_accumulator" not in v.path]
+    same = {**weights, **_numbered(equal), **{f"step {key}": values for key, values in (steps or {}).items()}}
     for key, value in found.items():
         same[f"evaluate {key}"] = np.asarray(value)
     history = {key: np.asarray(values, np.float64) for key, values in history.items()}
