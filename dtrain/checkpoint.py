@@ -13,26 +13,21 @@ import builtins
 import hashlib
 import json
 import math
-import os
 import re
 import secrets
-import shutil
-import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from copy import copy
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from operator import index
 from typing import Any
 
-import fsspec
 import ml_dtypes  # noqa: F401  (makes NumPy know bfloat16 and float8)
 import numpy as np
 import safetensors.numpy
-from fsspec.implementations.local import LocalFileSystem
 
 from dtrain.errors import CheckpointError, ConfigError
+from dtrain.storage import Folder
 from dtrain.types import Array, Position
 
 FORMAT = 1
@@ -314,149 +309,6 @@ def structure_digest(variables: Mapping[str, tuple[tuple[int, ...], str]]) -> st
     """SHA-256 of names, shapes and dtypes: equal for models whose weights fit each other. Values: (shape, dtype)."""
     listed = sorted([name, list(shape), dtype] for name, (shape, dtype) in variables.items())
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a folder lists: `kind` is file, directory or other (links, devices)."""
-
-    kind: str
-    size: int
-
-
-class Folder:
-    """A folder on a local disk or behind fsspec: what differs between the two is in here. Raises OSError.
-
-    Names never come from outside unchecked, and no glob is expanded.
-    """
-
-    def __init__(self, url: str) -> None:
-        try:
-            self._fs, path = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise ConfigError(
-                f"{url!r} cannot be used as storage: {error}. Use a local path, or install the package it names"
-            ) from error
-        self.path = str(path).rstrip("/") or "/"
-        self.is_local = isinstance(self._fs, LocalFileSystem)
-
-    @property
-    def url(self) -> str:
-        """A plain path for a local disk."""
-        return self.path if self.is_local else str(self._fs.unstrip_protocol(self.path))
-
-    def __truediv__(self, name: str) -> "Folder":
-        child = copy(self)
-        child.path = f"{self.path.rstrip('/')}/{name}"
-        return child
-
-    def entries(self) -> dict[str, Entry]:
-        """What is in it, links not followed; nothing if it is missing."""
-        try:
-            if self.is_local:
-                with os.scandir(self.path) as found:
-                    return {item.name: _local_entry(item) for item in found}
-            self._fs.invalidate_cache(self.path)
-            items = self._fs.ls(self.path, detail=True)
-        except FileNotFoundError:
-            return {}
-        named = ((item["name"].rstrip("/").rpartition("/")[2], item) for item in items)
-        # An object store may list the folder itself, as an empty object.
-        return {
-            name: Entry(item["type"], item["size"] or 0) for name, item in named if name and item["name"] != self.path
-        }
-
-    def has(self, name: str) -> bool:
-        """Whether there is a plain file of that name."""
-        if self.is_local:
-            with suppress(FileNotFoundError):
-                return stat.S_ISREG(os.lstat(f"{self.path}/{name}").st_mode)
-            return False
-        self._fs.invalidate_cache(self.path)
-        return bool(self._fs.isfile(f"{self.path}/{name}"))
-
-    def read(self, name: str, limit: int = -1) -> bytes:
-        """The first `limit` bytes of a file; -1: all."""
-        with open(f"{self.path}/{name}", "rb") if self.is_local else self._fs.open(f"{self.path}/{name}", "rb") as file:
-            return bytes(file.read(limit))
-
-    def make(self) -> None:
-        """Makes it, for its owner alone, and the folders above it."""
-        if not self.is_local:
-            self._fs.makedirs(self.path, exist_ok=True)
-            return
-        _make_folder(self.path, 0o700)
-
-    def write(self, name: str, data: bytes) -> None:
-        """Writes a file and, on a local disk, waits until it is there. The folder must exist."""
-        if not self.is_local:
-            with self._fs.open(f"{self.path}/{name}", "wb") as file:
-                file.write(data)
-            return
-        with open(f"{self.path}/{name}", "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def replace(self, name: str, data: bytes) -> None:
-        """Writes a file that others see as it was or as it is now, never in between."""
-        if not self.is_local:
-            self.write(name, data)  # an object appears when it is complete
-            return
-        self.write(f"{name}.tmp", data)
-        os.replace(f"{self.path}/{name}.tmp", f"{self.path}/{name}")
-        _sync_folder(self.path)
-
-    def move(self, target: "Folder") -> None:
-        """Renames it, on a local disk; the target must not exist."""
-        _sync_folder(self.path)
-        os.rename(self.path, target.path)
-        _sync_folder(os.path.dirname(target.path))
-
-    def remove_file(self, name: str) -> None:
-        """Removes a file, if it is there."""
-        with suppress(FileNotFoundError):
-            os.remove(f"{self.path}/{name}") if self.is_local else self._fs.rm_file(f"{self.path}/{name}")
-
-    def remove(self) -> None:
-        """Removes it with all that is in it, if it is there."""
-        if self.is_local:
-            with suppress(FileNotFoundError):
-                shutil.rmtree(self.path)
-            return
-        # File by file: fsspec's rm expands globs.
-        for path in self._fs.find(self.path):
-            self._fs.rm_file(path)
-        with suppress(OSError, NotImplementedError):
-            self._fs.rmdir(self.path)
-
-
-def _local_entry(item: "os.DirEntry[str]") -> Entry:
-    info = item.stat(follow_symlinks=False)
-    kind = "file" if stat.S_ISREG(info.st_mode) else "directory" if stat.S_ISDIR(info.st_mode) else "other"
-    return Entry(kind, info.st_size)
-
-
-def _make_folder(path: str, mode: int = 0o777) -> None:
-    """Makes a folder and those above it, each on the disk before it is used. FileExistsError if it is there."""
-    parent = os.path.dirname(path)
-    if not os.path.isdir(parent):
-        with suppress(FileExistsError):
-            _make_folder(parent)
-    os.mkdir(path, mode)
-    try:
-        _sync_folder(parent)
-    except OSError:
-        os.rmdir(path)
-        raise
-
-
-def _sync_folder(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _order(name_or_url: str) -> tuple[int, int]:

@@ -16,8 +16,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoint import CheckpointStore, Folder, read_manifest
+from dtrain.checkpoint import CheckpointStore, read_manifest
 from dtrain.errors import CheckpointError, ConfigError
+from dtrain.storage import Folder
 from dtrain.types import Position
 
 INFO = "run.json"

@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "dtrain"
 
 STOREYS = {
     "words": "config types errors",
-    "leaves": "model keras_internals data data.source data.sampler data.loader collective rendezvous checkpoint runs"
-    " tracking journal mlflow_run progress plots description history setup driver_tensorflow horovod_build"
+    "leaves": "model keras_internals data data.source data.sampler data.loader collective rendezvous storage checkpoint"
+    " runs tracking journal mlflow_run progress plots description history setup driver_tensorflow horovod_build"
     " _horovod_cmake",
     "one rank": "replica step optimizer losses metrics batch_norm callbacks",
     "many": "worker_group worker telemetry cluster",
@@ -31,8 +31,8 @@ OWNERS = {
     "keras.src": "keras_internals",
     "horovod": "collective doctor",
     "mlflow": "mlflow_run",
-    "fsspec": "checkpoint runs",
-    "safetensors": "checkpoint runs",
+    "fsspec": "storage",
+    "safetensors": "checkpoint",
     "rich": "progress doctor cli",
     "typer": "cli",
     "matplotlib": "plots",
