@@ -7,12 +7,15 @@ Exit codes: 0 done; 1 failed; 2 usage; 130 interrupted. Results go to standard o
 """
 
 import contextlib
+import functools
+import inspect
 import json
 import math
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -174,44 +177,54 @@ def fit(
     _print_history(history)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PassOptions:
+    """The options that `evaluate` and `predict` share."""
+
+    factory: Factory
+    data: Loader
+    checkpoint: CheckpointUrl = None
+    run_name: RunName = None
+    num_workers: NumWorkers = 1
+    batch_size: BatchSize = None
+    steps: Annotated[int | None, typer.Option(help="Mini-batches to go through; else all.")] = None
+    settings: Settings = None
+    storage_path: StoragePath = "dtrain_runs"
+    address: Address = None
+    use_gpu: UseGpu = False
+    threads_per_worker: Threads = None
+    verbose: Verbose = None
+
+
+def _with_pass_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of PassOptions to a command's own; it gets them as its first argument."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        shared = PassOptions(**{option.name: given.pop(option.name) for option in fields(PassOptions)})
+        command(shared, **given)
+
+    _, *own = inspect.signature(command).parameters.values()
+    shared = inspect.signature(PassOptions).parameters.values()
+    run.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]  # which typer reads
+    return run
+
+
 @app.command()
-def evaluate(
-    factory: Factory,
-    data: Loader,
-    checkpoint: CheckpointUrl = None,
-    run_name: RunName = None,
-    num_workers: NumWorkers = 1,
-    batch_size: BatchSize = None,
-    steps: Annotated[int | None, typer.Option(help="Mini-batches to evaluate on; else all.")] = None,
-    settings: Settings = None,
-    storage_path: StoragePath = "dtrain_runs",
-    address: Address = None,
-    use_gpu: UseGpu = False,
-    threads_per_worker: Threads = None,
-    verbose: Verbose = None,
-    as_json: Json = False,
-) -> None:
+@_with_pass_options
+def evaluate(options: PassOptions, *, as_json: Json = False) -> None:
     """Print a checkpoint's loss and metrics.
 
     On the test data if there is any, else the validation data, else the training data.
     """
-    with _restored(
-        factory,
-        data,
-        find_checkpoint(checkpoint, run_name, storage_path),
-        settings,
-        num_workers=num_workers,
-        address=address,
-        use_gpu=use_gpu,
-        threads_per_worker=threads_per_worker,
-    ) as (trainer, (x, y, sample_weight)):
+    with _restored(options) as (trainer, (x, y, sample_weight)):
         logs = trainer.evaluate(
             x,
             y,
-            batch_size=batch_size,
-            verbose=_verbosity(verbose, as_json),
+            batch_size=options.batch_size,
+            verbose=_verbosity(options.verbose, as_json),
             sample_weight=sample_weight,
-            steps=steps,
+            steps=options.steps,
             return_dict=True,
         )
     if as_json:
@@ -221,39 +234,22 @@ def evaluate(
 
 
 @app.command()
+@_with_pass_options
 def predict(
-    factory: Factory,
-    data: Loader,
+    options: PassOptions,
+    *,
     output: Annotated[Path, typer.Option(help="The .npz file to write; several outputs become several arrays.")],
-    checkpoint: CheckpointUrl = None,
-    run_name: RunName = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
-    num_workers: NumWorkers = 1,
-    batch_size: BatchSize = None,
-    steps: Annotated[int | None, typer.Option(help="Mini-batches to predict; else all.")] = None,
-    settings: Settings = None,
-    storage_path: StoragePath = "dtrain_runs",
-    address: Address = None,
-    use_gpu: UseGpu = False,
-    threads_per_worker: Threads = None,
-    verbose: Verbose = None,
 ) -> None:
     """Write a checkpoint's predictions to a file.
 
     Of the test data if there is any, else the validation data, else the training data.
     """
     _check_output(output, force)
-    with _restored(
-        factory,
-        data,
-        find_checkpoint(checkpoint, run_name, storage_path),
-        settings,
-        num_workers=num_workers,
-        address=address,
-        use_gpu=use_gpu,
-        threads_per_worker=threads_per_worker,
-    ) as (trainer, (x, _, _)):
-        predictions = trainer.predict(x, batch_size=batch_size, verbose=_verbosity(verbose), steps=steps)
+    with _restored(options) as (trainer, (x, _, _)):
+        predictions = trainer.predict(
+            x, batch_size=options.batch_size, verbose=_verbosity(options.verbose), steps=options.steps
+        )
     arrays = name_arrays(predictions)
     write_npz(output, arrays)
     for name, array in arrays.items():
@@ -375,15 +371,24 @@ def _trainer(make_model: Any, config: Mapping[str, Any] | None, **arguments: Any
 
 
 @contextlib.contextmanager
-def _restored(
-    factory: str, data: str, url: str, settings: Sequence[str] | None, **arguments: Any
-) -> "Iterator[tuple[Trainer, tuple[Any, Any, Any]]]":
+def _restored(options: PassOptions) -> "Iterator[tuple[Trainer, tuple[Any, Any, Any]]]":
     """A Trainer with a checkpoint's weights, which records nothing, and the data to use it on."""
-    config = read_settings(settings or [])
-    make_model, load = find_function("MODULE:FACTORY", factory), find_function("--data", data)
-    with _trainer(make_model, config, checkpoint=False, tracking=False, **arguments) as trainer:
+    url = find_checkpoint(options.checkpoint, options.run_name, options.storage_path)
+    config = read_settings(options.settings or [])
+    make_model = find_function("MODULE:FACTORY", options.factory)
+    load = find_function("--data", options.data)
+    with _trainer(
+        make_model,
+        config,
+        num_workers=options.num_workers,
+        address=options.address,
+        use_gpu=options.use_gpu,
+        threads_per_worker=options.threads_per_worker,
+        checkpoint=False,
+        tracking=False,
+    ) as trainer:
         trainer.restore(url)
-        yield trainer, _as_triple(held_out(data, _load(data, load)))
+        yield trainer, _as_triple(held_out(options.data, _load(options.data, load)))
 
 
 def _load(value: str, load: Any) -> dict[str, Any]:
