@@ -5,8 +5,6 @@ nothing about training itself.
 """
 
 import atexit
-import contextlib
-import logging
 import os
 import sys
 import weakref
@@ -16,28 +14,23 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 import numpy as np
 
 from dtrain import arguments, cluster
-from dtrain.checkpoint import MODEL_FILE
-from dtrain.checkpoint import load as load_checkpoint
 from dtrain.config import CheckpointConfig, MLflowConfig
 from dtrain.controller import Controller
-from dtrain.data.source import DataSource, keras_batch
+from dtrain.data.source import DataSource
 from dtrain.doctor import quick_horovod_problem
-from dtrain.driver_tensorflow import import_tensorflow
-from dtrain.errors import CheckpointError, ConfigError, DtrainError
+from dtrain.errors import ConfigError
 from dtrain.fit_run import FitRun
 from dtrain.history import History
 from dtrain.progress import ProgressBar
 from dtrain.runs import unique_name, validate_name
 from dtrain.tracking import NullTracker
 from dtrain.types import Array, BatchPlan, Logs, Tree, WorkerInfo, WorkerSettings
+from dtrain.weights import Weights
 from dtrain.worker_group import GroupSpec, WorkerGroup, check_name, threads_for
 
 if TYPE_CHECKING:
     import keras
 
-    from dtrain.model import State
-
-log = logging.getLogger("dtrain")
 
 Config = TypeVar("Config")
 
@@ -126,12 +119,7 @@ class Trainer:
         self._group: WorkerGroup | None = None
         self._owns_ray = False
         self._num_fits = 0
-        self._example: Tree = None  # the first row of the data: what models are built from
-        self._model: keras.Model | None = None
-        self._model_is_current = False  # it has the workers' weights
-        self._pending: State | None = None  # what the workers get as soon as there are any
-        self._weights_are_lost = False  # the workers died with them
-        self._newest_checkpoint: str | None = None
+        self._weights = Weights(model_fn, config)
         _shut_down_at_exit(self)
 
     # --- Keras's verbs
@@ -231,7 +219,7 @@ class Trainer:
     ) -> Any:
         """One update on one mini-batch, split over the workers; as in `keras.Model.train_on_batch`."""
         source = arguments.source_of(x, y, sample_weight, class_weight)
-        self._model_is_current = False
+        self._weights.change()
         logs = self._on_batch("train", source)
         return logs if return_dict else _flat_logs(logs)
 
@@ -250,21 +238,8 @@ class Trainer:
     @property
     def model(self) -> "keras.Model":
         """A local keras.Model with the weights as they are now; built when first asked for, on the CPU."""
-        self._fall_back()
-        import_tensorflow()
-        from dtrain.model import build_variables, make_model, write_state
-
-        if self._model is None:
-            self._model = make_model(self.model_fn, self.config)
-        if self._model.built or self._example is not None:
-            build_variables(self._model, keras_batch(self._example))
-        state, group = self._pending, self._group
-        if state is None and not self._model_is_current and group is not None and group.description is not None:
-            state = group.call("read_state")[0]
-        if state is not None and self._model.built:
-            write_state(self._model, _without_random(state))
-            self._model_is_current = True
-        return self._model
+        self._let_go_of_the_dead()
+        return self._weights.local_model(self._group)
 
     def get_weights(self) -> list[Array]:
         """As `keras.Model.get_weights`."""
@@ -275,13 +250,13 @@ class Trainer:
         """As `keras.Model.set_weights`, on all workers."""
         model = self.model
         model.set_weights(weights)
-        self._send_model(model)
+        self._weights.take_model(model, self._group)
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
         """As `keras.Model.load_weights`, on all workers."""
         model = self.model
         model.load_weights(path)
-        self._send_model(model)
+        self._weights.take_model(model, self._group)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """As `keras.Model.save`: the file is plain Keras and knows nothing of dtrain."""
@@ -297,15 +272,7 @@ class Trainer:
         Raises:
             CheckpointError: it is missing, damaged, or of another model.
         """
-        loaded = load_checkpoint(os.fspath(url))
-        if self._group is not None and not self._group.closed:
-            self._keep_weights(self._group)
-        kept = self._pending
-        try:
-            self._send(dict(sorted(loaded.tensors[MODEL_FILE].items())))
-        except CheckpointError:
-            self._pending = kept
-            raise
+        self._weights.take_checkpoint(os.fspath(url), self._group)
 
     # --- workers
 
@@ -319,7 +286,7 @@ class Trainer:
         group, self._group = self._group, None
         try:
             if group is not None and keep_weights:
-                self._keep_weights(group)
+                self._weights.keep(group)
         finally:
             if group is not None:
                 group.close()
@@ -338,19 +305,18 @@ class Trainer:
         self, source: DataSource, display: ProgressBar, run_name: str | None = None, with_loss: bool = True
     ) -> WorkerGroup:
         """The group of workers, with the model built from `source`; its processes start now unless they run."""
-        self._fall_back()
-        if self._group is None or self._group.closed:
+        self._let_go_of_the_dead()
+        if self._group is None:
             self._owns_ray |= cluster.connect(self._address)
             cluster.check_resources(self.num_workers, self._resources, self._strategy)
             self._group = self._new_group(run_name or self.run_name or unique_name(), display)
         group = self._group
         first = source.read(np.zeros(1, np.int64))
-        if self._example is None or len(first) > len(self._example):
-            self._example = first
+        self._weights.see(first)
         if group.description is None or (with_loss and not group.has_loss):
             display.status("building the model")
             group.description, group.has_loss = group.call("build", first, with_loss)[0], with_loss
-        self._send_pending()
+        self._weights.deliver(group)
         return group
 
     def _new_group(self, run_name: str, display: ProgressBar) -> WorkerGroup:
@@ -393,63 +359,18 @@ class Trainer:
 
     def weights_change(self) -> None:
         """The workers are about to train: the local model is no longer current."""
-        self._model_is_current = False
+        self._weights.change()
 
     def keep_for_fall_back(self, checkpoint: str) -> None:
         """The newest checkpoint: what goes on from there if the workers are lost."""
-        self._newest_checkpoint = checkpoint
+        self._weights.committed(checkpoint)
 
-    def _keep_weights(self, group: WorkerGroup) -> None:
-        """Take the weights from workers that are about to end."""
-        if self._pending is not None:
-            return
-        if self._model_is_current and self._model is not None:
-            from dtrain.model import read_state
-
-            self._pending = _without_random(read_state(self._model))
-            return
-        self._weights_are_lost = group.description is not None  # one that was never built has nothing to lose
-        with contextlib.suppress(DtrainError):
-            if self._weights_are_lost and not group.closed:
-                self._pending, self._weights_are_lost = group.call("read_state")[0], False
-
-    def _fall_back(self) -> None:
-        """Where workers died with the weights, go on from the newest checkpoint, or from the factory's weights."""
+    def _let_go_of_the_dead(self) -> None:
+        """Workers that a failure ended are none; what became of their weights is settled before anything goes on."""
         if self._group is not None and self._group.closed:
-            self._keep_weights(self._group)
+            self._weights.keep(self._group)
             self._group = None
-        if not self._weights_are_lost:
-            return
-        self._weights_are_lost, self._model_is_current = False, False
-        if self._newest_checkpoint is None:
-            log.warning("the workers died with the weights, and there is no checkpoint: starting again from model_fn's")
-            self._model = None
-        else:
-            log.warning("the workers died with the weights: going on from %s", self._newest_checkpoint)
-            self.restore(self._newest_checkpoint)
-
-    def _send_model(self, model: "keras.Model") -> None:
-        """Give the workers the local model's weights, now or when they start."""
-        from dtrain.model import read_state
-
-        self._send(_without_random(read_state(model)))
-
-    def _send(self, state: "State") -> None:
-        self._pending, self._model_is_current = state, False
-        self._send_pending()
-
-    def _send_pending(self) -> None:
-        state, self._pending = self._pending, None
-        if state is None or self._group is None or self._group.closed:
-            self._pending = state
-            return
-        try:
-            self._group.call("write_state", cluster.put(state))
-        except CheckpointError:
-            raise  # refused once is refused for good
-        except BaseException:
-            self._pending = state
-            raise
+        self._weights.fall_back()
 
     def _run_pass(
         self,
@@ -497,11 +418,6 @@ def _concatenate(parts: Sequence[Tree]) -> Tree:
     if isinstance(first, (list, tuple)):
         return type(first)(_concatenate([part[i] for part in parts]) for i in range(len(first)))
     return np.concatenate(parts)
-
-
-def _without_random(state: "State") -> "State":
-    """A state without the process's own random numbers, which are not the model's."""
-    return {name: value for name, value in state.items() if not name.startswith("random/")}
 
 
 def _keras_settings() -> dict[str, Any]:

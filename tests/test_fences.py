@@ -20,7 +20,7 @@ STOREYS = {
     "one rank": "replica step optimizer losses metrics batch_norm callbacks",
     "many": "worker_group worker telemetry cluster",
     "decisions": "controller policy",
-    "faces": "trainer fit_run arguments named cli doctor testing",
+    "faces": "trainer weights fit_run arguments named cli doctor testing",
 }
 """From the ground up. `dtrain` itself only says where names are, and stands above all."""
 

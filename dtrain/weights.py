@@ -1,0 +1,144 @@
+"""Owns the job's weights as the driver sees them: on the workers, in the local model, kept for later, or lost.
+
+They outlive the workers: whoever ends these asks `keep` first, and whoever starts new ones calls `deliver`. Where
+workers died with them, `fall_back` goes on from the newest checkpoint. How workers start and end is decided elsewhere.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from dtrain import cluster
+from dtrain.checkpoint import MODEL_FILE, load
+from dtrain.data.source import keras_batch
+from dtrain.driver_tensorflow import import_tensorflow
+from dtrain.errors import CheckpointError, DtrainError
+from dtrain.types import Tree
+from dtrain.worker_group import WorkerGroup
+
+if TYPE_CHECKING:
+    import keras
+
+    from dtrain.model import State
+
+log = logging.getLogger("dtrain")
+
+
+class Weights:
+    """The weights, and the optimizer's state, of one Trainer's job.
+
+    Args:
+        model_fn: makes the model; called here where a local model is asked for.
+        config: handed to `model_fn`, unless it is None.
+    """
+
+    def __init__(self, model_fn: "Callable[..., keras.Model]", config: Mapping[str, Any] | None) -> None:
+        self._model_fn, self._config = model_fn, config
+        self._example: Tree = None  # the first row of the data: what models are built from
+        self._model: keras.Model | None = None
+        self._model_is_current = False  # it has the workers' weights
+        self._pending: State | None = None  # what the workers get as soon as there are any
+        self._are_lost = False  # the workers died with them
+        self._checkpoint: str | None = None
+
+    def see(self, example: Tree) -> None:
+        """The first row of data that the model is built from; that with targets is kept."""
+        if self._example is None or len(example) > len(self._example):
+            self._example = example
+
+    def change(self) -> None:
+        """The workers are about to train: the local model is no longer current."""
+        self._model_is_current = False
+
+    def committed(self, checkpoint: str) -> None:
+        """The newest checkpoint: what goes on from there if the workers are lost."""
+        self._checkpoint = checkpoint
+
+    def local_model(self, group: WorkerGroup | None) -> "keras.Model":
+        """A keras.Model in this process with the weights as they are now."""
+        import_tensorflow()
+        from dtrain.model import build_variables, make_model, write_state
+
+        if self._model is None:
+            self._model = make_model(self._model_fn, self._config)
+        if self._model.built or self._example is not None:
+            build_variables(self._model, keras_batch(self._example))
+        state = self._pending
+        if state is None and not self._model_is_current and group is not None and group.description is not None:
+            state = group.call("read_state")[0]
+        if state is not None and self._model.built:
+            write_state(self._model, _without_random(state))
+            self._model_is_current = True
+        return self._model
+
+    def take_model(self, model: "keras.Model", group: WorkerGroup | None) -> None:
+        """Give the workers the local model's weights, now or when they start."""
+        from dtrain.model import read_state
+
+        self._take(_without_random(read_state(model)), group)
+
+    def take_checkpoint(self, url: str, group: WorkerGroup | None) -> None:
+        """Give the workers a checkpoint's weights, now or when they start.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or of another model; the weights are as they were.
+        """
+        loaded = load(url)
+        if group is not None and not group.closed:
+            self.keep(group)
+        kept = self._pending
+        try:
+            self._take(dict(sorted(loaded.tensors[MODEL_FILE].items())), group)
+        except CheckpointError:
+            self._pending = kept
+            raise
+
+    def deliver(self, group: WorkerGroup | None) -> None:
+        """Give the workers what waits for them."""
+        state, self._pending = self._pending, None
+        if state is None or group is None or group.closed:
+            self._pending = state
+            return
+        try:
+            group.call("write_state", cluster.put(state))
+        except CheckpointError:
+            raise  # refused once is refused for good
+        except BaseException:
+            self._pending = state
+            raise
+
+    def keep(self, group: WorkerGroup) -> None:
+        """Take the weights from workers that are about to end."""
+        if self._pending is not None:
+            return
+        if self._model_is_current and self._model is not None:
+            from dtrain.model import read_state
+
+            self._pending = _without_random(read_state(self._model))
+            return
+        self._are_lost = group.description is not None  # one that was never built has nothing to lose
+        with suppress(DtrainError):
+            if self._are_lost and not group.closed:
+                self._pending, self._are_lost = group.call("read_state")[0], False
+
+    def fall_back(self) -> None:
+        """Where workers died with the weights, go on from the newest checkpoint, or from the factory's weights."""
+        if not self._are_lost:
+            return
+        self._are_lost, self._model_is_current = False, False
+        if self._checkpoint is None:
+            log.warning("the workers died with the weights, and there is no checkpoint: starting again from model_fn's")
+            self._model = None
+        else:
+            log.warning("the workers died with the weights: going on from %s", self._checkpoint)
+            self.take_checkpoint(self._checkpoint, None)
+
+    def _take(self, state: "State", group: WorkerGroup | None) -> None:
+        self._pending, self._model_is_current = state, False
+        self.deliver(group)
+
+
+def _without_random(state: "State") -> "State":
+    """A state without the process's own random numbers, which are not the model's."""
+    return {name: value for name, value in state.items() if not name.startswith("random/")}
