@@ -66,10 +66,6 @@ class ProgressBar:
         self._begin(0, 0)
         self._live = Live(get_renderable=self._render, console=self._console, transient=True) if live else None
 
-    def start(self, message: str) -> None:
-        """Shows what the job begins with, such as "starting 2 workers"."""
-        self.status(message)
-
     def status(self, message: str) -> None:
         """Shows what is going on until the next step: a spinner in place of the bar, or a plain line."""
         if self._chatty and message != self._message:

@@ -39,7 +39,7 @@ def screen(output: str) -> list[str]:
 
 def run(bar: ProgressBar, clock: Clock, epochs: int = 2) -> None:
     with bar:
-        bar.start("starting 2 workers ...")
+        bar.status("starting 2 workers ...")
         for epoch in range(epochs):
             bar.begin_epoch(epoch)
             for step in (1, 50, 100):
@@ -197,7 +197,7 @@ def test_an_odd_encoding_is_no_error(encoding: str, terminal: bool) -> None:
     console = Console(file=io.TextIOWrapper(raw, encoding), force_terminal=terminal, width=100)
     bar = ProgressBar(1, 1, 10, console=console)
     with bar:
-        bar.start("starting … 2 workers")
+        bar.status("starting … 2 workers")
         bar.begin_epoch(0)
         bar.update(5, {"Verlust ä": 0.5})
         bar.print("naïve ☃ \ud800")

@@ -52,11 +52,6 @@ class Sampler:
         self._epochs_per_pass = ceil(self.steps_per_pass / self.steps_per_epoch)
         self._permutation: tuple[int, Indices] | None = None
 
-    @property
-    def runs_short(self) -> bool:
-        """Whether an epoch asks for more steps than a pass has; Keras warns then that the input ran out of data."""
-        return self.steps_per_epoch > self.steps_per_pass
-
     def steps_in_epoch(self, epoch: int) -> int:
         """The number of steps of `epoch`: `steps_per_epoch`, or what is left of the pass."""
         start = self._start(epoch)[1]
@@ -140,12 +135,6 @@ def even_split(num_rows: int, world_size: int, rank: int) -> slice:
     size, larger = divmod(num_rows, world_size)
     start = rank * size + min(rank, larger)
     return slice(start, start + size + (rank < larger))
-
-
-def local_rows(num_rows: int, world_size: int, rank: int) -> int:
-    """How many of a mini-batch's `num_rows` rows `rank` reads."""
-    rows = shard(num_rows, world_size, rank).rows
-    return int(rows.stop - rows.start)
 
 
 def default_batch_size(num_rows: int, steps: int | None = None) -> int:
