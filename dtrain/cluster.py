@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -39,19 +40,27 @@ def check_address(address: str | None) -> str | None:
     return None if address == "local" else address
 
 
-def connect(address: str | None) -> bool:
+_holders: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Who uses the connection that `connect` made; empty where it was made elsewhere."""
+
+
+def connect(address: str | None, holder: object) -> None:
     """Connect to Ray unless this process is connected already.
 
     Workers' output stays in Ray's logs: what the user is to see travels with the progress.
 
-    Returns:
-        Whether this call connected, so that `disconnect` is the caller's to call.
+    Args:
+        address: of a cluster; None: a local Ray.
+        holder: for whom; a connection made here lasts until all its holders have called `disconnect`.
 
     Raises:
         ConfigError: there is no cluster at `address`.
     """
     if ray.is_initialized():
-        return False
+        if _holders:
+            _holders.add(holder)
+        return
+    _holders.clear()
     # A local Ray tells each time that it protects itself with a token; that it does not is still told.
     logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_no_token_notice)
     umask = os.umask(0o077)  # Ray writes the token file as any other
@@ -71,7 +80,9 @@ def connect(address: str | None) -> bool:
         ) from error
     finally:
         os.umask(umask)
-    return True
+    _holders.add(holder)
+    # What Ray prints of a worker's death, whatever log_to_driver says; dtrain's own error tells more. No public switch.
+    ray._private.worker._worker_logs_enabled = False
 
 
 def _workers_in_this_environment() -> AbstractContextManager[object]:
@@ -86,9 +97,13 @@ def _is_no_token_notice(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Token authentication is enabled")
 
 
-def disconnect() -> None:
-    """End the connection that `connect` made; a local Ray ends with it."""
-    ray.shutdown()
+def disconnect(holder: object) -> None:
+    """Let go of the connection that `connect` made; with its last holder it ends, and a local Ray with it."""
+    if holder in _holders:
+        _holders.remove(holder)
+        if not _holders:
+            ray._private.worker._worker_logs_enabled = True
+            ray.shutdown()
 
 
 def address() -> str | None:
@@ -170,7 +185,8 @@ def put(value: Any) -> Any:
 
 
 def _workers_that_fit(node: Mapping[str, float], per_worker: Mapping[str, float]) -> int:
-    return min((int(node.get(name, 0.0) / amount + 1e-9) for name, amount in per_worker.items() if amount), default=1)
+    counts = (int(node.get(name, 0.0) / amount + 1e-9) for name, amount in per_worker.items() if amount)
+    return min(counts, default=sys.maxsize)  # any number of those that ask for nothing
 
 
 def _pairs(resources: Mapping[str, float]) -> str:

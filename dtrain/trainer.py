@@ -117,7 +117,6 @@ class Trainer:
         self._strategy = placement_strategy
         self._runtime_env = dict(runtime_env or {})
         self._group: WorkerGroup | None = None
-        self._owns_ray = False
         self._num_fits = 0
         self._weights = Weights(model_fn, config)
         _shut_down_at_exit(self)
@@ -290,9 +289,7 @@ class Trainer:
         finally:
             if group is not None:
                 group.close()
-            if self._owns_ray:
-                cluster.disconnect()
-                self._owns_ray = False
+            cluster.disconnect(self)
 
     def __enter__(self) -> Self:
         return self
@@ -307,9 +304,9 @@ class Trainer:
         """The group of workers, with the model built from `source`; its processes start now unless they run."""
         self._let_go_of_the_dead()
         if self._group is None:
-            self._owns_ray |= cluster.connect(self._address)
-            cluster.check_resources(self.num_workers, self._resources, self._strategy)
-            self._group = self._new_group(run_name or self.run_name or unique_name(), display)
+            run_name = run_name or self.run_name or unique_name()
+            self.check_room(run_name)
+            self._group = self._new_group(run_name, display)
         group = self._group
         first = source.read(np.zeros(1, np.int64))
         self._weights.see(first)
@@ -319,8 +316,18 @@ class Trainer:
         self._weights.deliver(group)
         return group
 
+    def check_room(self, run_name: str) -> None:
+        """Connect to Ray, and refuse what its workers could not be started for. Does nothing while they run.
+
+        Raises:
+            ConfigError: there is no such cluster, it can never hold the workers, or the run's are alive elsewhere.
+        """
+        if self._group is None or self._group.closed:
+            cluster.connect(self._address, self)
+            cluster.check_resources(self.num_workers, self._resources, self._strategy)
+            check_name(run_name)
+
     def _new_group(self, run_name: str, display: ProgressBar) -> WorkerGroup:
-        check_name(run_name)
         spec = GroupSpec(
             run_name=run_name,
             num_workers=self.num_workers,

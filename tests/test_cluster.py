@@ -49,8 +49,46 @@ def test_a_submitted_job_carries_the_mlflow_run_in_its_metadata(local_ray: None,
     assert metadata["mlflow_run_id"] == run_id and metadata["team"] == "vision" and metadata["dtrain_run"]
 
 
+HOLDERS = """
+import os, ray, time
+from dtrain import cluster
+
+class Holder: pass
+first, second = Holder(), Holder()
+cluster.connect(None, first)
+cluster.connect(None, second)
+cluster.disconnect(first)
+cluster.disconnect(first)
+
+told = []
+show = ray._private.worker.print_to_stdstream
+def witness(data, ignore_prefix):
+    show(data, ignore_prefix)
+    told.append(data["pid"])
+ray._private.worker.print_to_stdstream = witness
+try:
+    ray.get(ray.remote(max_retries=0)(lambda: os._exit(1)).remote())
+except ray.exceptions.WorkerCrashedError:
+    print("died")
+deadline = time.monotonic() + 200
+while "raylet" not in told:
+    assert time.monotonic() < deadline, "Ray no longer tells of a death in this way"
+    time.sleep(0.1)
+cluster.disconnect(second)
+print("ended", not ray.is_initialized())
+"""
+
+
+def test_ray_lasts_until_its_last_holder_lets_go_and_keeps_out_of_what_is_printed(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    result = subprocess.run(
+        [sys.executable, "-c", HOLDERS], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.stdout.splitlines() == ["died", "ended True"], result.stderr
+
+
 def test_a_local_ray_keeps_its_token_to_the_user(tmp_path: Path) -> None:
-    code = "from dtrain import cluster; import ray; cluster.connect(None); print(ray.cluster_resources()['CPU'])"
+    code = "from dtrain import cluster as c; import ray; c.connect(None, c); print(ray.cluster_resources()['CPU'])"
     environment = {**os.environ, "HOME": str(tmp_path), "RAY_TMPDIR": str(tmp_path)}
     environment = {key: value for key, value in environment.items() if not key.startswith("RAY_")}
     result = subprocess.run(
@@ -66,7 +104,7 @@ def test_a_script_started_by_uv_run_has_its_workers_in_its_own_environment(tmp_p
     if not Path(uv).exists():
         pytest.skip("there is no uv on this machine")
     (tmp_path / "script.py").write_text(
-        "from dtrain import cluster; import ray, sys; cluster.connect(None)\n"
+        "from dtrain import cluster; import ray, sys; cluster.connect(None, cluster)\n"
         "print(ray.get(ray.remote(lambda: sys.executable).remote(), timeout=200) == sys.executable)"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
@@ -81,6 +119,7 @@ def test_what_could_never_fit_is_told_from_what_is_taken(local_ray: None) -> Non
 
     check_resources(8, {"CPU": 1.0})
     check_resources(16, {"CPU": 0.5})
+    check_resources(99, {"CPU": 0.0})
     with pytest.raises(ConfigError, match="room for 8"):
         check_resources(9, {"CPU": 1.0})
     with pytest.raises(ConfigError, match="special"):
