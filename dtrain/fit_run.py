@@ -53,9 +53,15 @@ class FitRun:
         self._tracker: Tracker = NullTracker()
         if trainer.tracking is not None or trainer.checkpoint is not None:
             self._folder = RunFolder.create(trainer.storage_path, name)
-        if trainer.tracking is not None and self._folder is not None:
-            self._tracker = MLflowTracker(trainer.tracking, self._folder.journal_path, on_run=self._tell_ray)
-            self._tracker.check()
+        try:
+            if trainer.tracking is not None and self._folder is not None:
+                self._tracker = MLflowTracker(trainer.tracking, self._folder.journal_path, on_run=self._tell_ray)
+                self._tracker.check()
+            trainer.check_room(name)
+        except BaseException:
+            if self._folder is not None:
+                self._folder.discard()  # or the next try would say that the run exists
+            raise
 
     def train(self, callbacks: Sequence[Any]) -> History:
         """Train, and put everything on record."""

@@ -64,6 +64,7 @@ class RunFolder:
         self.checkpoints = CheckpointStore(f"{self.url}/checkpoints")
         local = Path(self.url) if self._folder.is_local else _private_folder(self.url)
         self.journal_path = local / "journal.jsonl"
+        self._is_new = False
 
     @classmethod
     def create(cls, storage_path: str | os.PathLike[str], name: str, exist_ok: bool = False) -> "RunFolder":
@@ -81,10 +82,9 @@ class RunFolder:
         if not storage:
             raise ConfigError("storage_path='' must be a folder or an fsspec URL; leave it out for ./dtrain_runs")
         run = cls((Folder(storage) / validate_name(name)).url)
-        made = False
         try:
-            made = run._make()
-            if not made and not exist_ok:
+            run._is_new = run._make()
+            if not run._is_new and not exist_ok:
                 raise ConfigError(
                     f"run_name={name!r} exists already in storage_path={storage!r}: give another run_name, or "
                     "another storage_path"
@@ -94,13 +94,17 @@ class RunFolder:
             if INFO not in run._folder.entries():
                 run.write_info({"state": "created", "created": datetime.now(UTC).isoformat(timespec="seconds")})
         except OSError as error:
-            if made:
-                with suppress(OSError):
-                    run._folder.remove()  # or the next try would say that the run exists
+            run.discard()  # or the next try would say that the run exists
             raise ConfigError(
                 f"storage_path={storage!r} is not writable ({error}): give another storage_path, or mend its rights"
             ) from error
         return run
+
+    def discard(self) -> None:
+        """Removes the folder of a run that never began; one that was there before is left alone."""
+        if self._is_new:
+            with suppress(OSError):
+                self._folder.remove()
 
     def write_info(self, info: Mapping[str, Any]) -> None:
         """Replaces `run.json`, at once and whole.
