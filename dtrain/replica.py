@@ -170,6 +170,7 @@ class Replica:
         epoch, step = segment.position.epoch, segment.position.step
         if fit.stopped:
             return SegmentResult(segment.position, 0, 0, 0.0, {}, stop=True)
+        fit.stopped = True  # until it ends well: one that was sent ahead must not go on from one that raised
         if step == 0:
             self.model.reset_metrics()
             fit.callbacks("on_epoch_begin", epoch)
@@ -286,6 +287,7 @@ class Replica:
         loader = Loader(part, own_plan, 0, 1, _to_tensors)
         hooks = [callback for callback in callbacks if rank == 0]
         own_list = keras.callbacks.CallbackList(hooks, model=self.model, epochs=1, verbose=0)
+        self.model.stop_predicting = False
         own_list.on_predict_begin()
         outputs = []
         num_steps = loader.sampler.steps_per_epoch
@@ -295,6 +297,8 @@ class Replica:
             outputs.append(tf.nest.map_structure(lambda leaf: leaf.numpy(), output))
             own_list.on_predict_batch_end(chunk.first_step, {"outputs": outputs[-1]})
             self.progress = Progress("predict", 0, chunk.first_step + 1, num_steps)
+            if self.model.stop_predicting:
+                break
         own_list.on_predict_end()
         self.progress = Progress("idle")
         return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *outputs)
@@ -332,6 +336,7 @@ class Replica:
         last_own = {key: values[-1:] for key, values in own.items()}
         logs = _last(self._global_logs("test", [last_state], [last_own], "test"))
         callbacks("on_test_end", logs=logs)
+        self.progress = Progress("idle")
         return logs
 
     def _predict_batch(self, data: Tree) -> Any:

@@ -202,11 +202,16 @@ class Trainer:
         steps: int | None = None,
         callbacks: Any = None,
     ) -> Any:
-        """Predictions for all rows, in their order; as in `keras.Model.predict`."""
+        """Predictions for all rows, in their order; as in `keras.Model.predict`.
+
+        Callbacks see the batches of the first worker, which has the first rows. Where one sets
+        `self.model.stop_predicting`, what is returned ends with the rows that it has seen.
+        """
         source = arguments.source_of(x)
         plan = arguments.batch_plan(source, batch_size, steps, "steps")
         parts = self._run_pass("predict", plan, source, callbacks, verbose)
-        return _concatenate([part for part in parts if part is not None])
+        _, was_stopped = parts[0]
+        return _concatenate([rows for rows, _ in (parts[:1] if was_stopped else parts) if rows is not None])
 
     def train_on_batch(
         self,

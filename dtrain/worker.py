@@ -144,8 +144,10 @@ class Worker:
         return logs
 
     @_reported
-    def predict(self, plan: BatchPlan, source: Any, callbacks: bytes) -> Tree:
-        return self._replica.predict(plan, source, _unpickled("callbacks", callbacks))
+    def predict(self, plan: BatchPlan, source: Any, callbacks: bytes) -> tuple[Tree, bool]:
+        """This rank's predictions, and whether a callback stopped before its last rows."""
+        rows = self._replica.predict(plan, source, _unpickled("callbacks", callbacks))
+        return rows, bool(getattr(self._replica.model, "stop_predicting", False))
 
     @_reported
     def on_batch(self, kind: str, batch: Any) -> Logs:
