@@ -6,7 +6,7 @@ needs comes in through the constructor.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from dtrain.data.sampler import Sampler
 from dtrain.policy import checkpoint_is_due, is_better, next_segment_steps
 from dtrain.tracking import Tracker
 from dtrain.types import BatchPlan, EpochEnd, FitPlan, Logs, Position, Segment, SegmentResult
-from dtrain.worker_group import WorkerGroup
+from dtrain.worker_group import LAST_PROGRESS_SECONDS, PROGRESS_SECONDS, WorkerGroup
 
 
 class Display(Protocol):
@@ -69,6 +69,7 @@ class Controller:
         self._display = display
         self._clock = clock
         self._rate: float | None = None
+        self._shown = ("train", 0)
         self._newest: SegmentResult | None = None
 
     def fit(
@@ -96,6 +97,7 @@ class Controller:
             if saving is not None and ended.epoch_end and checkpoint_is_due(saving.config, epoch, is_last):
                 self._save(saving, ended.epoch_end, record)
         finished = self._group.call("end_fit", watch=self._watch)
+        self._watch(True)
         record.history, record.callback_states = finished[0]
         # The last one is of the finished model: the end of a fit restores the best weights, or takes their averages.
         if saving is not None and ended is not None and ended.epoch_end:
@@ -103,15 +105,17 @@ class Controller:
 
     def run_pass(self, task: str, plan: BatchPlan, source: Any, callbacks: bytes) -> list[Any]:
         """Run `evaluate` or `predict` on all workers; what each returned."""
+        self._shown = (task, 0)
         self._display.begin_epoch(0)
         results = self._group.call(task, plan, source, callbacks, watch=self._watch)
-        self._watch()
+        self._watch(True)
         self._display.end_epoch(0, results[0] if task == "evaluate" else {})
         return results
 
     def _run_epoch(self, epoch: int, sampler: Sampler, record: FitRecord) -> SegmentResult:
         """Send the epoch's segments, one ahead of the one that runs, and take in what comes back."""
         num_steps = sampler.steps_in_epoch(epoch)
+        self._shown = ("train", epoch)
         self._display.begin_epoch(epoch)
         started = self._clock()
         sent: list[tuple[Segment, list[Any]]] = []
@@ -177,17 +181,17 @@ class Controller:
             record.best = end.logs[saving.config.monitor or ""], record.checkpoint
         saving.store.prune(saving.config.keep, record.best[1] if record.best else None)
 
-    def _watch(self) -> None:
-        for line in self._poll():
-            self._display.print(line)
-
-    def _poll(self) -> Iterator[str]:
-        progress = self._group.progress()
-        if progress is None:
-            return
-        if progress.step and progress.phase != "idle":
-            self._display.update(progress.step, progress.logs, self._rate)
-        yield from progress.printed
+    def _watch(self, is_last: bool = False) -> None:
+        """Show how far rank 0 is and what it printed; the last time all of it, after an answer that was late."""
+        for _ in range(2 if is_last else 1):
+            progress = self._group.progress(timeout=LAST_PROGRESS_SECONDS if is_last else PROGRESS_SECONDS)
+            if progress is None:
+                continue
+            # Steps of a validation, or of the epoch before, are none of this bar's.
+            if progress.step and (progress.phase, progress.epoch) == self._shown:
+                self._display.update(progress.step, progress.logs, self._rate)
+            for line in progress.printed:
+                self._display.print(line)
 
 
 def _length(series: Mapping[str, Any]) -> int:

@@ -117,10 +117,15 @@ class Weights:
 
             self._pending = _without_random(read_state(self._model))
             return
-        self._are_lost = group.description is not None  # one that was never built has nothing to lose
+        if group.description is None:  # it was never built and has nothing to lose
+            self._are_lost = False
+            return
         with suppress(DtrainError):
-            if self._are_lost and not group.closed:
-                self._pending, self._are_lost = group.call("read_state")[0], False
+            if not group.closed:
+                self._pending = group.call("read_state")[0]
+        if self._pending is None:
+            self._pending = group.rescued
+        self._are_lost = self._pending is None
 
     def fall_back(self) -> None:
         """Where workers died with the weights, go on from the newest checkpoint, or from the factory's weights."""

@@ -6,20 +6,28 @@ value (worker.py); here it becomes one error that names the culprit and folds wh
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+    WorkerCrashedError,
+)
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dtrain.cluster import NAMESPACE, who_is_using
 from dtrain.errors import ConfigError, WorkerError
 from dtrain.rendezvous import RendezvousServer, assign
-from dtrain.types import Failure, ModelDescription, Progress, WorkerInfo, WorkerSettings
+from dtrain.types import Array, Failure, ModelDescription, Progress, WorkerInfo, WorkerSettings
 from dtrain.worker import Worker
 
 log = logging.getLogger("dtrain")
@@ -30,6 +38,14 @@ NAME_SECONDS = 5.0
 """How long an actor that has ended may hold its name."""
 BLAME_SECONDS = 3.0
 """After a first failure, how long the others have to say what happened to them."""
+RESCUE_SECONDS = 10.0
+"""After a failure, how long rank 0 has to hand over the state before its process ends, too."""
+START_SECONDS = 600.0
+"""How long Ray may take to start the processes, what runtime_env asks for included."""
+PROGRESS_SECONDS = 1.0
+"""How long a wait is held up by a worker that does not tell its progress."""
+LAST_PROGRESS_SECONDS = 10.0
+"""The same at the end, when no later one could tell what was printed."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,10 @@ class WorkerGroup:
         """The model that the workers hold, once it is built."""
         self.has_loss = False
         """Whether it is built to train and evaluate, rather than to predict alone."""
+        self.rescued: dict[str, Array] | None = None
+        """The state that the workers had when a failure closed the group, where rank 0 could still tell it."""
         self._actors: list[Any] = []
+        self._late_polls: dict[int, Any] = {}
         self._placement: PlacementGroup | None = None
         self._rendezvous: RendezvousServer | None = None
 
@@ -78,27 +97,28 @@ class WorkerGroup:
             self._reserve(status)
             status(f"starting {self.spec.num_workers} worker{'s' * (self.spec.num_workers > 1)}")
             self._actors = [self._spawn(rank) for rank in range(self.spec.num_workers)]
-            self.workers = tuple(self.call("where"))
+            self.workers = tuple(self.wait(self.submit("where"), patience=START_SECONDS))
             self._set_up()
             self._form()
         except BaseException:
             self.close()
             raise
 
-    def call(self, method: str, *args: Any, watch: Callable[[], None] = lambda: None) -> list[Any]:
+    def call(self, method: str, *args: Any, watch: Callable[[bool], None] = lambda _: None) -> list[Any]:
         """Call a method on every worker and wait for all.
 
         Args:
             method: of `Worker`.
             *args: large ones as object references (`dtrain.cluster.put`).
-            watch: called a few times a second while waiting.
+            watch: called with False a few times a second while waiting, and with True before a failure closes the
+                group.
 
         Returns:
             What each rank returned, in rank order.
 
         Raises:
-            WorkerError: a worker died or raised. The group is closed by then.
-            DtrainError: a worker raised one of dtrain's own.
+            WorkerError: a worker died or raised. The group is closed by then, and what could be saved is `rescued`.
+            DtrainError: a worker raised one of dtrain's own; the same.
         """
         return self.wait(self.submit(method, *args), watch)
 
@@ -106,37 +126,52 @@ class WorkerGroup:
         """Send a call to every worker without waiting; they run calls in the order they were sent."""
         return [getattr(actor, method).remote(*args) for actor in self._actors]
 
-    def wait(self, calls: Sequence[Any], watch: Callable[[], None] = lambda: None) -> list[Any]:
-        """Wait for what `submit` returned; see `call`."""
+    def wait(
+        self, calls: Sequence[Any], watch: Callable[[bool], None] = lambda _: None, patience: float = math.inf
+    ) -> list[Any]:
+        """Wait for what `submit` returned, for `patience` seconds at most; see `call`."""
         results: dict[int, Any] = {}
         failures: dict[int, Failure] = {}
         pending = {call: rank for rank, call in enumerate(calls)}
-        deadline: float | None = None
-        while pending and (deadline is None or time.monotonic() < deadline):
-            ready, _ = ray.wait(
-                list(pending), num_returns=len(pending) if deadline is None else 1, timeout=POLL_SECONDS
-            )
+        deadline = time.monotonic() + patience
+        while pending and time.monotonic() < deadline:
+            ready, _ = ray.wait(list(pending), num_returns=1 if failures else len(pending), timeout=POLL_SECONDS)
             for call in ready:
                 rank = pending.pop(call)
                 result = _outcome(call)
+                if isinstance(result, Failure) and not failures:
+                    deadline = min(deadline, time.monotonic() + BLAME_SECONDS)
                 (failures if isinstance(result, Failure) else results)[rank] = result
-            if failures and deadline is None:
-                deadline = time.monotonic() + BLAME_SECONDS
             if failures and any(not failure.lost_peer for failure in failures.values()):
                 break  # the culprit is known; the others are stuck waiting for it
-            watch()
+            watch(False)
+        if pending and not failures:
+            failures[min(pending.values())] = Failure(_NOT_STARTED.format(patience), traceback="")
         if failures:
-            watch()  # what the user's code printed before it raised
+            watch(True)  # what the user's code printed before it raised
             error = self._error_from(failures)
+            self.rescued = self._rescue()
             self.close()
             raise error
         return [results[rank] for rank in range(len(calls))]
 
-    def progress(self, rank: int = 0) -> Progress | None:
-        """How far a worker is; None if it does not say so at once."""
-        with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):
+    def progress(self, rank: int = 0, timeout: float = PROGRESS_SECONDS) -> Progress | None:
+        """How far a worker is; None if it does not say so at once: the next call then returns what it says.
+
+        What the worker printed is told once; so an answer that comes late is never thrown away.
+        """
+        if not self._actors:
+            return None
+        call = self._late_polls.pop(rank, None)
+        if call is None:
             call = self._actors[rank].progress.options(concurrency_group="watch").remote()
-            progress: Progress = ray.get(call, timeout=1.0)
+        try:
+            progress: Progress = ray.get(call, timeout=timeout)
+        except GetTimeoutError:
+            self._late_polls[rank] = call
+        except (RayActorError, RayTaskError):
+            pass
+        else:
             return progress
         return None
 
@@ -155,6 +190,17 @@ class WorkerGroup:
             if rendezvous is not None:
                 rendezvous.close()
 
+    def _rescue(self) -> dict[str, Array] | None:
+        """Rank 0's state, which is the job's, if it can still tell it."""
+        if self.description is None:
+            return None
+        for actor in self._actors[1:]:
+            ray.kill(actor, no_restart=True)  # rank 0 may be waiting for them: their end sets it free
+        with contextlib.suppress(RayError):
+            state: dict[str, Array] | Failure = ray.get(self._actors[0].read_state.remote(), timeout=RESCUE_SECONDS)
+            return None if isinstance(state, Failure) else state
+        return None
+
     def _reserve(self, status: Callable[[str], None]) -> None:
         bundles = [dict(self.spec.resources)] * self.spec.num_workers
         name = f"dtrain:{self.spec.run_name}"
@@ -167,16 +213,19 @@ class WorkerGroup:
     def _spawn(self, rank: int) -> Any:
         strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
         resources = dict(self.spec.resources)
-        actor_class = ray.remote(concurrency_groups={"watch": 1}, max_restarts=0)(Worker).options(
-            name=f"dtrain:{self.spec.run_name}:rank{rank}",
-            namespace=NAMESPACE,
-            num_cpus=resources.pop("CPU", 0),
-            num_gpus=resources.pop("GPU", 0),
-            resources=resources or None,
-            scheduling_strategy=strategy,
-            runtime_env=dict(self.spec.runtime_env) or None,
-        )
-        return actor_class.remote(self.spec.run_name, rank)
+        actor_class = ray.remote(concurrency_groups={"watch": 1}, max_restarts=0)(Worker)
+        try:
+            return actor_class.options(
+                name=f"dtrain:{self.spec.run_name}:rank{rank}",
+                namespace=NAMESPACE,
+                num_cpus=resources.pop("CPU", 0),
+                num_gpus=resources.pop("GPU", 0),
+                resources=resources or None,
+                scheduling_strategy=strategy,
+                runtime_env=dict(self.spec.runtime_env) or None,
+            ).remote(self.spec.run_name, rank)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"runtime_env={dict(self.spec.runtime_env)!r} is refused by Ray: {error}") from error
 
     def _set_up(self) -> None:
         cpus = {node["NodeID"]: node["Resources"].get("CPU", 1.0) for node in ray.nodes()}
@@ -218,13 +267,33 @@ class WorkerGroup:
         return WorkerError(message, rank, host, failure.traceback)
 
 
+_NOT_STARTED = (
+    "the process did not start within {:g} s; why is in Ray's logs on that node,"
+    " /tmp/ray/session_latest/logs/{{raylet,runtime_env_setup}}*"
+)
+_IMPORT_FAILED = "failed to import on the worker"
+"""What Ray says of an actor whose class cannot be unpickled."""
+_NO_DTRAIN = (
+    "the process could not import dtrain; install the same dtrain on every node, and let no file of runtime_env's"
+    " hide it"
+)
+
+
 def _outcome(call: Any) -> Any:
     try:
         return ray.get(call, timeout=60)
-    except (RayActorError, WorkerCrashedError) as error:
+    except (RayActorError, RayTaskError) as error:
+        if _IMPORT_FAILED in str(error):
+            return Failure(_NO_DTRAIN, traceback=str(error))
+        if isinstance(error, RayTaskError):
+            return Failure(error=str(error.cause), traceback=error.traceback_str)
+        if error.actor_init_failed:
+            return Failure("the process started, but the worker in it could not", traceback=str(error))
         return Failure(error=_why_it_died(error), traceback="")
-    except RayTaskError as error:
-        return Failure(error=str(error.cause), traceback=error.traceback_str)
+    except WorkerCrashedError as error:
+        return Failure(error=_why_it_died(error), traceback="")
+    except RuntimeEnvSetupError as error:
+        return Failure(f"Ray could not set up runtime_env: {error.error_message}", traceback="")
     except RayError as error:
         return Failure(error=f"{type(error).__name__}: {error}", traceback="")
 

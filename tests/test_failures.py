@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -17,6 +18,7 @@ import pytest
 from models import blobs, make_classifier
 
 import dtrain
+from dtrain import worker_group
 from dtrain.errors import ConfigError, DataError, DtrainError, WorkerError
 
 for module in (models, sys.modules[__name__]):  # the workers do not have the tests' folder on their path
@@ -93,6 +95,69 @@ def test_a_killed_worker_ends_the_run_with_its_rank_and_host(local_ray: None) ->
         wait_until(lambda: nothing_is_left(pids))
 
 
+class RaiseOnRankOne(keras.callbacks.Callback):
+    dtrain_on_every_rank = True
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        if os.environ["HOROVOD_RANK"] == "1":
+            raise ZeroDivisionError("the user's own mistake")
+
+
+def test_what_single_batches_trained_outlives_a_failing_evaluate_but_not_rank_zero(
+    local_ray: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    x, y = blobs(64)
+    plain = make_classifier()
+
+    def differences(trainer: dtrain.Trainer) -> float:
+        for model in (plain, trainer):
+            for start in (0, 32):
+                model.train_on_batch(x[start : start + 32], y[start : start + 32])
+        pairs = zip(trainer.get_weights(), plain.get_weights(), strict=True)
+        return max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)
+
+    with dtrain.Trainer(make_classifier, num_workers=2, **QUIET) as trainer:
+        trainer.train_on_batch(x, y)
+        plain.train_on_batch(x, y)
+        with pytest.raises(WorkerError, match="rank 1 on .* rank 0 was stopped"):
+            trainer.evaluate(x, y, verbose=0, callbacks=[RaiseOnRankOne()])
+        assert "died with the weights" not in caplog.text
+        assert differences(trainer) < 2e-5  # the momentum is kept, too
+        trainer.train_on_batch(x, y)
+        os.kill(trainer.workers[0].pid, signal.SIGKILL)
+        with pytest.raises(WorkerError, match="rank 0 on .* died"):
+            trainer.evaluate(x, y, verbose=0)
+        assert np.array_equal(trainer.get_weights()[0], make_classifier().get_weights()[0])
+        assert "died with the weights, and there is no checkpoint" in caplog.text
+
+
+def start_one(runtime_env: dict[str, Any]) -> None:
+    def settings(cpus: float, workers: int) -> Any:
+        raise AssertionError("it was not to start")
+
+    group = worker_group.WorkerGroup(
+        worker_group.GroupSpec("unstartable", 1, {"CPU": 1.0}, "PACK", settings, runtime_env)
+    )
+    group.start()
+
+
+def test_a_process_that_cannot_start_is_an_error_that_says_why(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "sitecustomize.py").write_text("import sys; sys.modules['dtrain'] = None")
+    with pytest.raises(WorkerError, match="could not import dtrain; install the same dtrain") as caught:
+        start_one({"env_vars": {"PYTHONPATH": str(tmp_path / "hidden")}})
+    assert "No module named 'dtrain.worker'" in str(caught.value) and caught.value.rank == 0
+    with pytest.raises(ConfigError, match="runtime_env=.*/nowhere.* is refused by Ray"):
+        start_one({"working_dir": str(tmp_path / "nowhere")})
+    (tmp_path / "sitecustomize.py").write_text("import os; os._exit(1)")
+    monkeypatch.setattr(worker_group, "START_SECONDS", 2.0)
+    with pytest.raises(WorkerError, match=r"rank 0 .* did not start within 2 s; .*logs/\{raylet"):
+        start_one({"env_vars": {"PYTHONPATH": str(tmp_path)}})
+    wait_until(lambda: nothing_is_left(set()))
+
+
 def make_nothing() -> None:
     pass
 
@@ -145,11 +210,13 @@ def test_different_models_on_different_ranks_are_refused(local_ray: None) -> Non
         wait_until(lambda: nothing_is_left(set()))
 
 
-def test_more_workers_than_there_is_room_for_are_refused_with_a_table(local_ray: None) -> None:
-    with dtrain.Trainer(make_classifier, num_workers=99, **QUIET) as trainer:
-        with pytest.raises(ConfigError, match=r"num_workers=99 does not fit[\s\S]* room for 8") as caught:
-            trainer.fit(*blobs(8), verbose=0)
+def test_more_workers_than_there_is_room_for_are_refused_with_a_table(local_ray: None, in_tmp: Path) -> None:
+    with dtrain.Trainer(make_classifier, num_workers=99, run_name="big") as trainer:
+        for _ in range(2):  # the first leaves nothing that would refuse the second
+            with pytest.raises(ConfigError, match=r"num_workers=99 does not fit[\s\S]* room for 8") as caught:
+                trainer.fit(*blobs(8), verbose=0)
         assert "asked 99, the cluster has 8" in str(caught.value)
+    assert list((in_tmp / "dtrain_runs").iterdir()) == []
     with dtrain.Trainer(make_classifier, use_gpu=True, **QUIET) as trainer, pytest.raises(ConfigError, match="GPU"):
         trainer.fit(*blobs(8), verbose=0)
 
@@ -250,7 +317,10 @@ class TestBeforeAnythingStarts:
             dtrain.Trainer(make_classifier, storage_path=in_tmp / "runs", run_name="mine").fit(X, Y)
         for uri in ("file:///tmp/mlruns", "gopher://host"):
             with pytest.raises(ConfigError, match=uri.split(":")[0]):
-                dtrain.Trainer(make_classifier, tracking=dtrain.MLflowConfig(tracking_uri=uri)).fit(X, Y)
+                tracking = dtrain.MLflowConfig(tracking_uri=uri)
+                dtrain.Trainer(make_classifier, tracking=tracking, run_name="refused").fit(X, Y)
+        assert list((in_tmp / "dtrain_runs").iterdir()) == []
+        assert [path.name for path in (in_tmp / "runs").iterdir()] == ["mine"]
 
     def test_no_cluster_at_the_address(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import ray

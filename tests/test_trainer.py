@@ -163,6 +163,33 @@ def test_rank_zero_prints_above_the_bar(trainer: dtrain.Trainer, capsys: pytest.
     assert capsys.readouterr().out == ""
 
 
+def test_what_was_printed_is_shown_once_and_in_order_though_no_poll_is_answered_in_time(
+    trainer: dtrain.Trainer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = blobs(32)
+
+    class Count(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            print(f"batch {batch}")
+
+    monkeypatch.setattr("dtrain.controller.PROGRESS_SECONDS", 0.0)
+    trainer.fit(x, y, batch_size=1, verbose=0, callbacks=[Count()])
+    assert capsys.readouterr().out.splitlines() == [f"batch {batch}" for batch in range(32)]
+
+
+def test_a_callback_stops_predict_after_the_rows_that_it_has_seen(trainer: dtrain.Trainer) -> None:
+    x, _ = blobs(40)
+    everything = trainer.predict(x, verbose=0)
+
+    class Stop(keras.callbacks.Callback):
+        def on_predict_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.model.stop_predicting = batch == 2
+
+    stopped = trainer.predict(x, batch_size=8, verbose=0, callbacks=[Stop()])
+    assert len(stopped) == 3 * 4 and close(stopped, everything[:12])
+    assert close(trainer.predict(x, verbose=0), everything)
+
+
 def test_workers_are_named_actors(trainer: dtrain.Trainer) -> None:
     import ray
 
