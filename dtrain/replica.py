@@ -122,9 +122,12 @@ class Replica:
             if any(probed):
                 self._take_over()  # what only the model's own step has built
 
-    def read_state(self) -> State:
-        """The job's state, on rank 0; the others' may be parts of it. Collective."""
-        if self.collective.world_size > 1:
+    def read_state(self, alone: bool = False) -> State:
+        """The job's state, on rank 0; the others' may be parts of it.
+
+        Collective, unless `alone`: what the others have accumulated since the last update is then left out.
+        """
+        if self.collective.world_size > 1 and not alone:
             collect_accumulated(self.model, self.collective)
         return read_state(self.model)
 

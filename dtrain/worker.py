@@ -155,9 +155,9 @@ class Worker:
         return logs
 
     @_reported
-    def read_state(self) -> Any:
-        """The job's state, from rank 0; nothing from the others."""
-        state = self._replica.read_state()
+    def read_state(self, alone: bool = False) -> Any:
+        """The job's state, from rank 0; nothing from the others. `alone`: the others are gone."""
+        state = self._replica.read_state(alone)
         return state if self._rank == 0 else None
 
     @_reported

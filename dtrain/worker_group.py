@@ -197,7 +197,8 @@ class WorkerGroup:
         for actor in self._actors[1:]:
             ray.kill(actor, no_restart=True)  # rank 0 may be waiting for them: their end sets it free
         with contextlib.suppress(RayError):
-            state: dict[str, Array] | Failure = ray.get(self._actors[0].read_state.remote(), timeout=RESCUE_SECONDS)
+            call = self._actors[0].read_state.remote(alone=True)
+            state: dict[str, Array] | Failure = ray.get(call, timeout=RESCUE_SECONDS)
             return None if isinstance(state, Failure) else state
         return None
 
