@@ -70,6 +70,9 @@ class BatchPlan:
         steps_per_epoch: mini-batches in an epoch; None: one pass over the data.
         shuffle: True: a new order every pass; "batch": of the rows inside each mini-batch only; False: as given.
         seed: of the shuffling; a run's seed and the number of the fit, say.
+        blocks: rows in each block of a data set that is read block by block; empty: the rows have no blocks, or are to
+            come in the order given.
+        lanes: how many blocks a mini-batch draws on, at most, where there are blocks.
     """
 
     num_rows: int
@@ -77,6 +80,8 @@ class BatchPlan:
     steps_per_epoch: int | None = None
     shuffle: bool | str = False
     seed: tuple[int, ...] = (0,)
+    blocks: tuple[int, ...] = ()
+    lanes: int = 32
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ PACKAGE = Path(__file__).parents[1] / "dtrain"
 
 STOREYS = {
     "words": "config types errors",
-    "leaves": "model keras_internals data data.source data.sampler data.loader collective rendezvous storage checkpoint"
-    " runs tracking journal mlflow_run progress plots description history setup driver_tensorflow horovod_build"
-    " _horovod_cmake",
+    "leaves": "model keras_internals data data.source data.sampler data.loader collective rendezvous storage"
+    " checkpoint runs tracking journal mlflow_run progress plots description history setup"
+    " driver_tensorflow horovod_build _horovod_cmake data.blocks",
     "one rank": "replica step optimizer losses metrics batch_norm callbacks",
     "many": "worker_group worker telemetry cluster",
     "decisions": "controller policy",

@@ -1,5 +1,7 @@
 """Claims about which rows make up a mini-batch, and which of them a rank reads."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +19,17 @@ plans = st.builds(
     shuffle=st.sampled_from([False, True, "batch"]),
     seed=st.tuples(st.integers(0, 2**63), st.integers(0, 5)),
 )
+
+
+@st.composite
+def plans_with_blocks(draw: st.DrawFn) -> BatchPlan:
+    blocks = tuple(draw(st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any)))
+    plan = draw(plans)
+    lanes = draw(st.integers(1, 8))
+    return replace(plan, num_rows=sum(blocks), blocks=blocks, lanes=lanes)
+
+
+all_plans = plans | plans_with_blocks()
 
 
 def epoch_of(plan: BatchPlan, epoch: int, first_epoch: int = 0) -> list[list[int]]:
@@ -50,7 +63,7 @@ def test_batch_shuffle_permutes_rows_inside_each_batch_as_keras_does() -> None:
     assert first != second
 
 
-@given(plans)
+@given(all_plans)
 def test_every_row_is_read_once_a_pass(plan: BatchPlan) -> None:
     sampler = Sampler(plan)
     epochs = -(-sampler.steps_per_pass // sampler.steps_per_epoch)
@@ -59,7 +72,7 @@ def test_every_row_is_read_once_a_pass(plan: BatchPlan) -> None:
         assert sorted(rows) == list(range(plan.num_rows))
 
 
-@given(plans, st.integers(0, 9), st.integers(0, 100))
+@given(all_plans, st.integers(0, 9), st.integers(0, 100))
 def test_a_batch_depends_on_nothing_asked_before(plan: BatchPlan, epoch: int, step: int) -> None:
     step %= Sampler(plan).steps_in_epoch(epoch)
     used = Sampler(plan)
@@ -71,7 +84,7 @@ def test_a_batch_depends_on_nothing_asked_before(plan: BatchPlan, epoch: int, st
     assert len(batch) == used.batch_size_at(epoch, step)
 
 
-@given(plans, st.integers(1, 9))
+@given(all_plans, st.integers(1, 9))
 def test_every_row_is_read_once_for_any_world_size(plan: BatchPlan, world_size: int) -> None:
     sampler = Sampler(plan)
     for step in range(sampler.steps_in_epoch(0)):
@@ -83,6 +96,7 @@ def test_every_row_is_read_once_for_any_world_size(plan: BatchPlan, world_size: 
             assert all(np.array_equal(batch[part.rows], batch) for part in shards)
         else:
             assert np.array_equal(np.concatenate([batch[part.rows] for part in shards]), batch)
+            assert all(np.array_equal(sampler.batch(0, step, part.rows), batch[part.rows]) for part in shards)
 
 
 @given(st.integers(0, 1000), st.integers(1, 50))
@@ -112,6 +126,32 @@ def test_orders_differ_by_pass_by_fit_and_by_seed() -> None:
 def test_the_order_of_a_seed_never_changes() -> None:
     plan = BatchPlan(num_rows=10, batch_size=10, shuffle=True, seed=(0, 0))
     assert epoch_of(plan, 1) == [[5, 1, 6, 3, 4, 8, 9, 7, 2, 0]]
+    assert epoch_of(replace(plan, blocks=(4, 3, 3), batch_size=5), 1) == BLOCK_ORDER
+
+
+BLOCK_ORDER = [[5, 9, 8, 1, 2], [4, 7, 6, 0, 3]]
+
+
+def test_each_batch_takes_the_next_rows_of_every_lane() -> None:
+    """Blocks of rows 0-3, 4-6 and 7-9; lanes of rows 0-1, 2-4 and 5-9, the middle one backwards."""
+    plan = BatchPlan(num_rows=10, batch_size=4, blocks=(4, 3, 3))
+    assert epoch_of(plan, 0) == epoch_of(plan, 1) == [[0, 4, 5, 6], [1, 3, 7, 8], [2, 9]]
+    assert epoch_of(replace(plan, lanes=1), 0) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_blocks_and_the_rows_in_them_come_in_a_new_order_every_pass() -> None:
+    plan = BatchPlan(num_rows=200, batch_size=20, shuffle=True, blocks=(50,) * 4, lanes=1)
+    passes = [[row for batch in epoch_of(plan, epoch) for row in batch] for epoch in range(3)]
+    blocks = [[row // 50 for row in rows] for rows in passes]
+    assert all(len({*order[start : start + 50]}) == 1 for order in blocks for start in range(0, 200, 50))
+    assert len({tuple(order) for order in blocks}) == 3
+    inside = {tuple(row % 50 for row in rows[start : start + 50]) for rows in passes for start in range(0, 200, 50)}
+    assert len(inside) == 12
+
+
+def test_a_shuffle_inside_batches_keeps_the_batches_of_the_order_given() -> None:
+    plan = BatchPlan(num_rows=23, batch_size=5, shuffle="batch", blocks=(10, 13))
+    assert epoch_of(plan, 0) == epoch_of(replace(plan, blocks=()), 0)
 
 
 @settings(max_examples=20)
@@ -138,6 +178,8 @@ def test_a_step_beyond_the_epoch_is_refused() -> None:
         ({"batch_size": True}, ConfigError, "batch_size=True must be"),
         ({"steps_per_epoch": 0}, ConfigError, "steps_per_epoch=0 must be"),
         ({"shuffle": "rows"}, ConfigError, "shuffle='rows' must be"),
+        ({"lanes": 0}, ConfigError, "lanes=0 must be"),
+        ({"blocks": (3, 3)}, DataError, "blocks have 6 rows together, the data set 7"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(change: dict[str, object], error: type[Exception], message: str) -> None:

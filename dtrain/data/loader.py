@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dtrain.data.sampler import Sampler, shard
-from dtrain.data.source import DataSource, map_tree
+from dtrain.data.source import Blocked, DataSource, map_tree
 from dtrain.types import BatchPlan, Tree
 
 
@@ -63,6 +63,8 @@ class Loader:
         self.world_size = world_size
         self.convert = convert
         self.prefetch = prefetch
+        if isinstance(source, Blocked):
+            source.keep(self.sampler.open_blocks(world_size, rank))
 
     def chunks(self, epoch: int, first_step: int, num_steps: int, steps_per_chunk: int) -> Iterator[Chunk]:
         """This rank's rows of `num_steps` steps from `first_step` on, in order, `steps_per_chunk` steps at a time.
@@ -96,7 +98,7 @@ class Loader:
     def _read(self, epoch: int, first_step: int, num_steps: int) -> Chunk:
         global_rows = self.sampler.batch_size_at(epoch, first_step)
         part = shard(global_rows, self.world_size, self.rank)
-        rows = np.stack([batch[part.rows] for batch in self.sampler.batches(epoch, first_step, num_steps)])
+        rows = np.stack(list(self.sampler.batches(epoch, first_step, num_steps, part.rows)))
         flat = self.source.read(rows.reshape(-1))
         data = map_tree(lambda leaf: leaf.reshape(rows.shape + leaf.shape[1:]), flat)
         return Chunk(first_step, num_steps, self.convert(data), part.share, part.whole, global_rows)

@@ -38,6 +38,23 @@ class DataSource(Protocol):
         ...
 
 
+@runtime_checkable
+class Blocked(Protocol):
+    """What a source offers besides, if it reads whole blocks of rows at a time: `DataSource`s only need to if they do.
+
+    Attributes:
+        blocks: the number of rows in each block, in the order of the rows.
+        lanes: how many blocks a mini-batch may draw on.
+    """
+
+    blocks: tuple[int, ...]
+    lanes: int
+
+    def keep(self, num_blocks: int) -> None:
+        """Keep so many blocks loaded, at most."""
+        ...
+
+
 class ArraySource:
     """Arrays in memory, as `keras.Model.fit` takes them.
 
