@@ -9,13 +9,13 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cloudpickle
 
 from dtrain.data.sampler import Sampler, default_batch_size
-from dtrain.data.source import ArraySource, DataSource, train_validation_split
+from dtrain.data.source import ArraySource, Blocked, ClassWeights, DataSource, train_validation_split
 from dtrain.errors import ConfigError, DataError
 from dtrain.types import BatchPlan, FitPlan, Tree
 
@@ -163,12 +163,12 @@ def source_of(
         DataError: it is of no kind that can be read by rows, or cannot be trained on.
     """
     if isinstance(x, DataSource):
-        for other, value in (("y", y), ("sample_weight", sample_weight), ("class_weight", class_weight)):
+        for other, value in (("y", y), ("sample_weight", sample_weight)):
             if value is not None:
                 raise DataError(f"{other} must not be given when {name} is a data source, which brings its own")
         if len(x) == 0:
             raise DataError(f"{name} has no rows; check what it was made from")
-        return x
+        return x if class_weight is None else ClassWeights(x, class_weight)
     if x is None:
         raise DataError(f"{name}=None: there is nothing to read; pass arrays or a dtrain.data source")
     if callable(x) or hasattr(x, "__next__") or type(x).__module__.startswith(("tensorflow", "keras", "torch")):
@@ -224,7 +224,7 @@ def fit_arguments(
         val_x, val_y, val_weight = (*parts, None, None)[:3]
         validation = source_of(val_x, val_y, val_weight, name="validation_data")
         size = validation_batch_size if validation_batch_size is not None else plan.batch_size
-        validation_plan = batch_plan(validation, size, validation_steps, "validation_steps")
+        validation_plan = batch_plan(validation, size, validation_steps, "validation_steps", in_any_order=True)
     return FitArguments(
         FitPlan(
             train=plan,
@@ -246,8 +246,18 @@ def batch_plan(
     steps_name: str,
     shuffle: bool | str = False,
     seed: tuple[int, ...] = (0,),
+    in_any_order: bool = False,
 ) -> BatchPlan:
     """The plan of one pass or epoch over `source`, with Keras's defaults.
+
+    Args:
+        source: the data set.
+        batch_size: rows in a mini-batch of the whole job; None: Keras's default.
+        steps: mini-batches, where fewer are asked for than there are.
+        steps_name: what the user calls them.
+        shuffle: as in `fit`.
+        seed: of the shuffling.
+        in_any_order: a whole pass may take the rows in the order in which each worker reads fewest blocks.
 
     Raises:
         ConfigError: a number makes no sense.
@@ -258,6 +268,8 @@ def batch_plan(
         batch_size = default_batch_size(len(source), steps)
     whole_number("batch_size", batch_size, 1)
     plan = BatchPlan(len(source), int(batch_size), steps, shuffle, seed)
+    if isinstance(source, Blocked) and (shuffle in (True, 1) or (in_any_order and steps is None)):
+        plan = replace(plan, blocks=source.blocks, lanes=source.lanes)
     Sampler(plan)  # checks the rest
     return plan
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dtrain.data.source import DataSource, describe
+from dtrain.data.source import ClassWeights, DataSource, describe
 from dtrain.tracking import DatasetDescription, RunDescription
 from dtrain.types import FitPlan, ModelDescription
 
@@ -82,6 +82,7 @@ def describe_run(
 
 def _describe_data(context: str, source: DataSource) -> DatasetDescription:
     found = describe(source)
+    source = source.source if isinstance(source, ClassWeights) else source
     name = type(source).__name__.removesuffix("Source").lower().replace("array", "arrays")
     # MLflow shows name and digest as one: as many digits as its own digests have.
     return DatasetDescription(name, context, found.shapes, found.dtypes, found.num_rows, found.digest[:8])

@@ -190,7 +190,7 @@ class Trainer:
     ) -> Any:
         """The loss and metrics of the whole data set, exact over all workers; as in `keras.Model.evaluate`."""
         source = arguments.source_of(x, y, sample_weight)
-        plan = arguments.batch_plan(source, batch_size, steps, "steps")
+        plan = arguments.batch_plan(source, batch_size, steps, "steps", in_any_order=True)
         logs: Logs = self._run_pass("evaluate", plan, source, callbacks, verbose)[0]
         return logs if return_dict else _flat_logs(logs)
 

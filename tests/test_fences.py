@@ -16,7 +16,8 @@ STOREYS = {
     "words": "config types errors",
     "leaves": "model keras_internals data data.source data.sampler data.loader collective rendezvous storage"
     " checkpoint runs tracking journal mlflow_run progress plots description history setup"
-    " driver_tensorflow horovod_build _horovod_cmake data.blocks",
+    " driver_tensorflow horovod_build _horovod_cmake data.blocks data.files data.columns"
+    " data.parquet_files data.checks data.tf_records data.ray_blocks",
     "one rank": "replica step optimizer losses metrics batch_norm callbacks",
     "many": "worker_group worker telemetry cluster",
     "decisions": "controller policy",
@@ -31,8 +32,9 @@ OWNERS = {
     "keras.src": "keras_internals",
     "horovod": "collective doctor",
     "mlflow": "mlflow_run",
-    "fsspec": "storage",
-    "safetensors": "checkpoint",
+    "fsspec": "storage checkpoint runs data.files",
+    "safetensors": "checkpoint runs",
+    "pyarrow": "data.columns data.parquet_files",
     "rich": "progress doctor cli",
     "typer": "cli",
     "matplotlib": "plots",

@@ -5,6 +5,7 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pandas  # type: ignore[import-untyped]
 import pytest
@@ -211,6 +212,16 @@ def test_an_npz_file_is_a_source(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=np.ones((4, 2)), y=np.arange(4))
     x, y = dtrain.data.npz(tmp_path / "data.npz").read(at(1, 3))
     assert x.shape == (2, 2) and y.tolist() == [1, 3]
+
+
+def test_an_npz_file_may_be_anywhere_that_fsspec_reads(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=np.arange(4))
+    with fsspec.open("memory://npz/data.npz", "wb") as file:
+        file.write((tmp_path / "data.npz").read_bytes())
+    for url in (f"file://{tmp_path}/data.npz", "memory://npz/data.npz"):
+        assert dtrain.data.npz(url).read(at(3, 1))[0].tolist() == [3, 1]
+    with pytest.raises(DataError, match="cannot be read as an .npz file"):
+        dtrain.data.npz("memory://npz/gone.npz")
 
 
 def test_an_npz_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:

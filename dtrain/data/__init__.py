@@ -1,7 +1,9 @@
-"""Data sets that many workers read as one: `arrays` and `npz`; each worker reads only its own rows."""
+"""Data sets that many workers read as one: each worker reads only its own rows."""
 
+from dtrain.data.blocks import BlockSource
+from dtrain.data.parquet_files import parquet
 from dtrain.data.source import ArraySource, DataSource, npz
 
 arrays = ArraySource
 
-__all__ = ["ArraySource", "DataSource", "arrays", "npz"]
+__all__ = ["ArraySource", "BlockSource", "DataSource", "arrays", "npz", "parquet"]

@@ -18,6 +18,7 @@ import ml_dtypes  # noqa: F401  (makes NumPy know bfloat16, which Keras's floatx
 import numpy as np
 import numpy.typing as npt
 
+from dtrain.data.files import open_url
 from dtrain.errors import ConfigError, DataError
 from dtrain.types import Array, Tree
 
@@ -82,7 +83,7 @@ class ArraySource:
         float_dtype: str | None = None,
     ) -> None:
         x, y, sample_weight = _to_arrays(x, y, sample_weight)
-        dtype = np.dtype(float_dtype or _floatx())
+        dtype = np.dtype(float_dtype or floatx())
         if class_weight is not None:
             sample_weight = _weights_by_class(y, sample_weight, class_weight).astype(dtype)
         elif sample_weight is not None:
@@ -103,6 +104,40 @@ class ArraySource:
         return map_tree(lambda array: array.take(indices, axis=0), self.arrays)
 
 
+class ClassWeights:
+    """Another source with weights by class number: what `class_weight` means in Keras, for any source.
+
+    Args:
+        source: with y for one output, and no sample weights.
+        class_weight: see `ArraySource`, which takes it itself.
+        float_dtype: of the weights; see `ArraySource`.
+
+    Raises:
+        DataError: there is no y, several outputs, more than one class a row, or `sample_weight` already.
+    """
+
+    def __init__(self, source: DataSource, class_weight: Mapping[int, float], float_dtype: str | None = None) -> None:
+        self.source = source
+        self.class_weight = dict(class_weight)
+        self.float_dtype = float_dtype or floatx()
+        self.blocks: tuple[int, ...] = source.blocks if isinstance(source, Blocked) else ()
+        self.lanes = source.lanes if isinstance(source, Blocked) else 1
+        self.read(np.zeros(1, np.int64))  # refuses what cannot be weighed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, indices: npt.NDArray[np.int64]) -> Tree:
+        """The rows at `indices`, with the weights of their classes."""
+        x, y, sample_weight = (*self.source.read(indices), None, None)[:3]
+        return x, y, _weights_by_class(y, sample_weight, self.class_weight).astype(self.float_dtype)
+
+    def keep(self, num_blocks: int) -> None:
+        """Keep so many blocks loaded, at most."""
+        if isinstance(self.source, Blocked):
+            self.source.keep(num_blocks)
+
+
 class Rows:
     """The rows from `start` up to `stop` of another source, as a source."""
 
@@ -119,15 +154,25 @@ class Rows:
         return self.source.read(indices + self.start)
 
 
-def npz(path: str | PathLike[str], *, float_dtype: str | None = None) -> ArraySource:
+def npz(
+    path: str | PathLike[str],
+    *,
+    float_dtype: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> ArraySource:
     """The arrays `x`, `y` and `sample_weight` (the last two may be missing) of an .npz file; nothing is unpickled.
+
+    Args:
+        path: a path or an fsspec URL; it is read now, and here.
+        float_dtype: what floats become; see `ArraySource`.
+        storage_options: fsspec's, for the file system.
 
     Raises:
         DataError: the file is missing, is no .npz file, has no `x`, or holds pickled objects.
     """
     try:
-        found = _read_npz(fspath(path))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        found = _read_npz(fspath(path), storage_options)
+    except (OSError, ValueError, EOFError, ImportError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"path={fspath(path)!r} cannot be read as an .npz file ({error}); write it with "
             "numpy.savez(path, x=x, y=y), without object arrays"
@@ -137,12 +182,13 @@ def npz(path: str | PathLike[str], *, float_dtype: str | None = None) -> ArraySo
     return ArraySource(found["x"], found.get("y"), found.get("sample_weight"), float_dtype=float_dtype)
 
 
-def _read_npz(path: str) -> dict[str, Array]:
-    file = np.load(path, allow_pickle=False)
-    if isinstance(file, np.ndarray):
-        return {}  # an .npy file: its one array has no name
-    with file:
-        return dict(file)
+def _read_npz(path: str, storage_options: Mapping[str, Any] | None) -> dict[str, Array]:
+    with open_url(path, storage_options) as opened:
+        file = np.load(opened, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            return {}  # an .npy file: its one array has no name
+        with file:
+            return dict(file)
 
 
 def train_validation_split(
@@ -192,7 +238,8 @@ def describe(source: DataSource, *, sample_bytes: int = 64 << 20) -> Description
     """Rows, shapes, dtypes and a digest of a source.
 
     The digest covers every row up to `sample_bytes` bytes of data. Beyond, it covers about that many bytes of evenly
-    spaced rows and the last row, so a change between them goes unseen. Text counts as 8 bytes an element.
+    spaced rows and the last row, or of evenly spaced blocks, the first and the last at least; so a change between them
+    goes unseen. Text counts as 8 bytes an element.
     """
     first = dict(leaves(source.read(np.zeros(1, np.int64))))
     row_bytes = max(1, sum(leaf.nbytes for leaf in first.values()))
@@ -200,13 +247,22 @@ def describe(source: DataSource, *, sample_bytes: int = 64 << 20) -> Description
     dtypes = {path: leaf.dtype.name for path, leaf in first.items()}
     header = repr((len(source), sorted(shapes.items()), sorted(dtypes.items())))
     digest = hashlib.blake2b(header.encode(), digest_size=16)
-    stride = ceil(len(source) * row_bytes / sample_bytes)
-    rows = np.unique(np.append(np.arange(0, len(source), stride), len(source) - 1))
+    rows = _sampled_rows(source, ceil(len(source) * row_bytes / sample_bytes))
     block = max(1, (4 << 20) // row_bytes)
     for start in range(0, len(rows), block):
         for _, leaf in sorted(leaves(source.read(rows[start : start + block])), key=lambda item: item[0]):
             digest.update(_content(leaf))
     return Description(len(source), shapes, dtypes, digest.hexdigest())
+
+
+def _sampled_rows(source: DataSource, stride: int) -> npt.NDArray[np.int64]:
+    """About one row in `stride`, spread over all, by whole blocks where there are blocks; in order."""
+    blocks = source.blocks if isinstance(source, Blocked) else ()
+    if not blocks:
+        return np.unique(np.append(np.arange(0, len(source), stride), len(source) - 1))
+    ends = np.cumsum(blocks)
+    chosen = np.unique(np.append(np.arange(0, len(blocks), stride), len(blocks) - 1))
+    return np.concatenate([np.arange(ends[block] - blocks[block], ends[block]) for block in chosen])
 
 
 def keras_batch(batch: Tree) -> Tree:
@@ -248,7 +304,8 @@ def _first_leaf(parts: tuple[Tree, ...]) -> Array:
     return next(leaves(parts))[1]
 
 
-def _floatx() -> str:
+def floatx() -> str:
+    """Keras's `floatx` where Keras is imported, else float32."""
     # Keras is looked up, never imported: the driver starts jobs without it, and then nobody can have changed floatx.
     keras = sys.modules.get("keras")
     return str(keras.config.floatx()) if keras is not None and hasattr(keras, "config") else "float32"
