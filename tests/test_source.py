@@ -11,8 +11,11 @@ import pandas  # type: ignore[import-untyped]
 import pytest
 
 import dtrain.data
+from dtrain.data.blocks import BlockSource
 from dtrain.data.source import (
     ArraySource,
+    Blocked,
+    ClassWeights,
     DataSource,
     describe,
     keras_batch,
@@ -141,6 +144,37 @@ def test_class_weight_is_refused_where_keras_refuses_it(y: Any, sample_weight: A
         ArraySource(ROWS, y, sample_weight, class_weight={0: 1.0})
 
 
+def test_class_weight_weighs_the_rows_of_any_source() -> None:
+    class Sums:
+        def __len__(self) -> int:
+            return 4
+
+        def read(self, indices: np.ndarray) -> Any:
+            return indices, indices % 3
+
+    source: DataSource = ClassWeights(Sums(), {0: 0.5, 2: 3})
+    x, y, weight = source.read(at(2, 3, 1))
+    assert x.tolist() == [2, 3, 1] and y.tolist() == [2, 0, 1]
+    assert weight.tolist() == [3, 0.5, 1] and weight.dtype == np.float32
+    assert describe(pickle.loads(pickle.dumps(ClassWeights(ArraySource(ROWS, ROWS), {1: 2.0})))) == describe(
+        ArraySource(ROWS, ROWS, class_weight={1: 2.0})
+    )
+
+
+def test_class_weight_keeps_the_blocks_of_a_source() -> None:
+    blocks = BlockSource(
+        [ArraySource(ROWS[:6], ROWS[:6]), ArraySource(ROWS[6:], ROWS[6:])].__getitem__, [6, 4], lanes=7
+    )
+    source = ClassWeights(blocks, {1: 2.0})
+    assert isinstance(source, Blocked) and (source.blocks, source.lanes) == ((6, 4), 7)
+    source.keep(5)
+    assert source.read(at(1, 9))[2].tolist() == [2, 1] and blocks._capacity == 5
+    with pytest.raises(DataError, match="at the same time"):
+        ClassWeights(ArraySource(ROWS, ROWS, ROWS), {1: 2.0})
+    with pytest.raises(DataError, match="needs y"):
+        ClassWeights(ArraySource(ROWS), {1: 2.0})
+
+
 def test_one_sample_weight_serves_all_outputs() -> None:
     weight = np.linspace(0, 1, 10, dtype=np.float32)
     got = ArraySource(ROWS, {"a": ROWS, "b": ROWS}, weight).read(ROWS)[2]
@@ -206,6 +240,19 @@ def test_describe_samples_what_is_large() -> None:
         changed[row] = 1
         digests.append(describe(ArraySource(changed), sample_bytes=4000).digest)
     assert len(set(digests[:3])) == 3 and digests[3] == digests[0]
+
+
+def test_describe_samples_whole_blocks() -> None:
+    read: list[int] = []
+
+    def load(block: int) -> ArraySource:
+        read.append(block)
+        return ArraySource(np.full((10, 100), block, np.float32))
+
+    for sample_bytes, blocks in ((40_000, [0, *range(10, 100, 10), 99]), (100, [0, 99])):
+        read.clear()
+        describe(BlockSource(load, [10] * 100), sample_bytes=sample_bytes)
+        assert read == blocks
 
 
 def test_an_npz_file_is_a_source(tmp_path: Path) -> None:

@@ -345,13 +345,18 @@ def _to_array(path: str, leaf: Any) -> Array:
         raise DataError(f"{path} ({type(leaf).__name__}) cannot become a NumPy array: {error}") from error
     if array.ndim == 0:
         raise DataError(f"{path} is the scalar {array[()]!r:.60}: it must have one entry per row, shape (rows, ...)")
-    _check_dtype(path, array)
+    check_dtype(path, array)
     if pandas is not None and isinstance(leaf, pandas.Series):
         return array[:, np.newaxis]  # Keras makes a column of it
     return array
 
 
-def _check_dtype(path: str, array: Array) -> None:
+def check_dtype(path: str, array: Array) -> None:
+    """Refuse what holds neither numbers nor bools, nor text in x.
+
+    Raises:
+        DataError: naming the place, the dtype and the fix.
+    """
     name, kind = array.dtype.name, array.dtype.kind
     if kind in "biufc" or name.startswith(("bfloat", "float8")):
         return

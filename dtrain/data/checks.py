@@ -1,0 +1,95 @@
+"""Owns what can be wrong with the values of a mini-batch. To be asked before the first step; it changes nothing."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dtrain.data.source import check_dtype, leaves
+from dtrain.errors import DataError
+from dtrain.types import Array, Tree
+
+log = logging.getLogger("dtrain")
+
+Classes = int | Mapping[str, int] | None
+
+
+def check_batch(
+    batch: Tree, rows: npt.NDArray[np.int64], *, num_classes: Classes = None, ignore_class: Classes = None
+) -> None:
+    """Refuse a batch that cannot be trained on, by the place of its first wrong value.
+
+    NaN and infinity in y and sample_weight make every weight of the model NaN in one step, and a negative
+    sample_weight makes it unlearn a row: errors. In x they are a warning in the log: some models mask them, and
+    attention masks are of minus infinity on purpose.
+
+    Args:
+        batch: (x,), (x, y) or (x, y, sample_weight), each leaf (rows, ...), as NumPy arrays.
+        rows: for each row of the batch, its number in the data set: shape (rows,).
+        num_classes: where y holds the numbers of classes (sparse categorical crossentropy), how many the model's output
+            has; for several outputs by path, such as {"y['kind']": 10}.
+        ignore_class: the label besides that the loss passes over; likewise.
+
+    Raises:
+        DataError: naming the place, the row in the data set, the column, the rule and the fix.
+    """
+    for path, leaf in leaves(batch):
+        part = path.split("[")[0]
+        check_dtype(path, leaf)
+        _check_finite(path, part, leaf, rows)
+        classes = _of(path, num_classes)
+        if part == "y" and classes is not None:
+            _check_labels(path, leaf, rows, classes, _of(path, ignore_class))
+        if part == "sample_weight" and leaf.dtype.kind != "c":
+            _raise_at(
+                path, leaf, rows, leaf < 0, "weights must be 0 or more; give a row that is not to count the weight 0"
+            )
+
+
+def _check_finite(path: str, part: str, leaf: Array, rows: npt.NDArray[np.int64]) -> None:
+    if not (leaf.dtype.kind in "fc" or leaf.dtype.name.startswith(("bfloat", "float8"))):
+        return
+    wrong = ~np.isfinite(leaf)
+    if part != "x":
+        _raise_at(path, leaf, rows, wrong, "all of it must be finite numbers; drop such rows, or fill them in")
+    elif wrong.any():
+        log.warning(
+            "%s; there are %d such values in this mini-batch: unless the model masks them, its weights become NaN",
+            _place(path, leaf, rows, wrong),
+            np.count_nonzero(wrong),
+        )
+
+
+def _check_labels(path: str, leaf: Array, rows: npt.NDArray[np.int64], classes: int, ignored: int | None) -> None:
+    if leaf.dtype.kind not in "biuf":
+        raise DataError(f"{path} has dtype {leaf.dtype.name}: the numbers of classes must be integers")
+    whole = leaf == np.floor(leaf) if leaf.dtype.kind == "f" else np.ones(leaf.shape, bool)
+    _raise_at(path, leaf, rows, ~whole, "the numbers of classes must be whole; for other targets use another loss")
+    wrong = (leaf < 0) | (leaf >= classes)
+    if ignored is not None:
+        wrong &= leaf != ignored
+    first_is_one = leaf.size > 0 and np.min(leaf) >= 1 and np.max(leaf) == classes
+    fix = "labels count from 0: subtract 1" if first_is_one else "give the last layer more units, or correct the labels"
+    also = f", or {ignored}, which is ignored" if ignored is not None else ""
+    _raise_at(
+        path, leaf, rows, wrong, f"the model has {classes} classes, so labels must be 0 to {classes - 1}{also}; {fix}"
+    )
+
+
+def _raise_at(path: str, leaf: Array, rows: npt.NDArray[np.int64], wrong: Any, rule: str) -> None:
+    if np.any(wrong):
+        raise DataError(f"{_place(path, leaf, rows, wrong)}: {rule}")
+
+
+def _place(path: str, leaf: Array, rows: npt.NDArray[np.int64], wrong: Any) -> str:
+    row, *column = np.argwhere(wrong)[0].tolist()
+    where = f", column {', '.join(map(str, column))}" if column else ""
+    return f"{path} is {leaf[(row, *column)]} in row {rows[row]}{where}"
+
+
+def _of(path: str, value: Classes) -> int | None:
+    if isinstance(value, Mapping):
+        return value.get(path)
+    return value

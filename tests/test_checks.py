@@ -1,0 +1,69 @@
+"""Claims about wrong values in a mini-batch: found, named by their place, and refused or warned of."""
+
+import logging
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dtrain.data.checks import check_batch
+from dtrain.errors import DataError
+
+ROWS = np.array([40, 17, 5])
+NAN = float("nan")
+X = np.zeros((3, 2))
+OK = np.zeros(3)
+
+WRONG: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+    ((X, np.array([0, NAN, NAN])), {}, r"y is nan in row 17: .* must be finite.*drop such rows"),
+    ((X, np.array([[0, 1], [2, 3], [4, np.inf]])), {}, "y is inf in row 5, column 1"),
+    ((X, {"a": OK, "b": np.full((3, 2, 2), -np.inf)}), {}, r"y\['b'\] is -inf in row 40, column 0, 0"),
+    ((X, np.array([0, NAN, 0], ml_dtypes.bfloat16)), {}, "y is nan in row 17"),
+    ((X, OK, np.array([1, 1, NAN])), {}, "sample_weight is nan in row 5"),
+    ((X, OK, np.array([1, -0.5, 1])), {}, "sample_weight is -0.5 in row 17: weights must be 0 or more"),
+    ((X, np.array([0, 3, 1])), {"num_classes": 3}, "y is 3 in row 17: the model has 3 classes, so .* 0 to 2; give"),
+    ((X, np.array([1, 3, 2])), {"num_classes": 3}, "y is 3 in row 17: .* count from 0: subtract 1"),
+    ((X, np.array([[0], [-1], [1]])), {"num_classes": 3}, "y is -1 in row 17, column 0"),
+    ((X, np.array([0, 1, 0.5])), {"num_classes": 3}, "y is 0.5 in row 5: the numbers of classes must be whole"),
+    ((X, np.array([0, 255, 3])), {"num_classes": 3, "ignore_class": 255}, "y is 3 in row 5: .* or 255, which is ign"),
+    ((X, {"a": np.array([9, 9, 9])}), {"num_classes": {"y['a']": 3}}, r"y\['a'\] is 9 in row 40"),
+    ((X, np.array([1j, 0, 0])), {"num_classes": 3}, "y has dtype complex128: .* must be integers"),
+    ((X, np.array(["a", "b", "c"])), {}, "y holds text"),
+    ((np.array([None, 1, 2], object),), {}, r"x has dtype object, first at \[0\]: None"),
+    ((X, OK, np.array(["1", "2", "3"])), {}, "sample_weight holds text"),
+]
+
+
+@pytest.mark.parametrize(("batch", "classes", "message"), WRONG)
+def test_a_wrong_value_is_named_by_its_place(batch: Any, classes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_batch(batch, ROWS, **classes)
+
+
+RIGHT: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    ((X,), {}),
+    (((X, {"a": np.array(["text", "is", "fine"])}), OK, None), {}),
+    ((X, np.array([0, 2, 1], np.uint8), OK), {"num_classes": 3}),
+    ((X, np.array([0.0, 2.0, 1.0])), {"num_classes": 3}),
+    ((X, np.array([0, -1, 255])), {}),
+    ((X, np.array([[0, -1], [2, -1], [1, 1]])), {"num_classes": 3, "ignore_class": -1}),
+    ((X, {"a": np.array([0, 1, 2]), "b": np.array([7, 8, 9])}), {"num_classes": {"y['a']": 3}}),
+    ((np.array([1, 300, 70], ml_dtypes.bfloat16), np.array([True, False, True])), {"num_classes": 2}),
+]
+
+
+@pytest.mark.parametrize(("batch", "classes"), RIGHT)
+def test_what_can_be_trained_on_passes_without_a_word(
+    batch: Any, classes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    check_batch(batch, ROWS, **classes)
+    assert caplog.records == []
+
+
+def test_what_a_model_may_mask_in_x_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    x = {"image": np.array([[0, 1], [NAN, 0], [0, -np.inf]])}
+    with caplog.at_level(logging.WARNING, "dtrain"):
+        check_batch((x, OK), ROWS)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("x['image'] is nan in row 17, column 0; there are 2 such values")
