@@ -2,8 +2,10 @@
 
 from dtrain.data.blocks import BlockSource
 from dtrain.data.parquet_files import parquet
+from dtrain.data.ray_blocks import ray_dataset
 from dtrain.data.source import ArraySource, DataSource, npz
+from dtrain.data.tf_records import tfrecord
 
 arrays = ArraySource
 
-__all__ = ["ArraySource", "BlockSource", "DataSource", "arrays", "npz", "parquet"]
+__all__ = ["ArraySource", "BlockSource", "DataSource", "arrays", "npz", "parquet", "ray_dataset", "tfrecord"]

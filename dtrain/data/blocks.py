@@ -27,8 +27,10 @@ class BlockSource:
     by class say, write them in another order, or use smaller blocks. With `shuffle=False` or "batch", with `steps` or
     `validation_steps`, rows come as they are stored, and every worker loads every block.
 
-    A worker holds about `lanes / num_workers + 3` loaded blocks. Beyond `lanes` workers, workers share blocks, and each
-    is loaded by several.
+    A worker holds about `lanes / num_workers + 4` loaded blocks (of fewer than `lanes` blocks, all of its part), and
+    loads about 1 + (num_workers - 1) / lanes times its part of the data in each pass: where the workers' parts of a
+    mini-batch meet inside a lane, both load it. Beyond `lanes` workers each block is loaded by several. Many blocks of
+    about one size serve best.
 
     Where a loss or a metric is no mean over rows (a mask, several outputs and a partial last mini-batch), evaluating
     depends a little on which rows are in a mini-batch together, as in Keras: give `steps` for the order in which rows
