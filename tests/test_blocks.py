@@ -1,6 +1,7 @@
 """Claims about data sets read block by block: the right rows, few loads, and nothing loaded that travels."""
 
 import pickle
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -66,6 +67,27 @@ def test_a_block_is_kept_until_others_need_its_place() -> None:
     assert blocks.loads == {0: 1, 1: 1, 2: 1}
     source.read(np.array([0, 5]))
     assert blocks.loads == {0: 2, 1: 1, 2: 1}
+
+
+def test_blocks_that_are_missing_are_loaded_side_by_side() -> None:
+    both_load = threading.Barrier(2, timeout=60)
+
+    def load(block: int) -> ArraySource:
+        both_load.wait()
+        return ArraySource(np.full(3, block))
+
+    assert BlockSource(load, [3, 3]).read(np.array([5, 0]))[0].tolist() == [1, 0]
+
+
+def test_a_block_that_cannot_be_loaded_leaves_the_others_usable() -> None:
+    def load(block: int) -> ArraySource:
+        return ArraySource(np.full(2 if block == 1 else 3, block))
+
+    source = BlockSource(load, [3, 3, 3])
+    for _ in range(3):
+        with pytest.raises(DataError, match="block 1"):
+            source.read(np.array([0, 4, 8]))
+        assert source.read(np.array([8, 0]))[0].tolist() == [2, 0]
 
 
 def test_nothing_loaded_travels() -> None:

@@ -1,6 +1,7 @@
 """Claims about Parquet files as data sets: what columns become, what is read of the files, and what is refused."""
 
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,9 @@ def test_urls_are_read_through_fsspec(file: str) -> None:
     assert dtrain.data.parquet("memory://data/*.parquet", x="row").read(AT)[0].tolist() == AT.tolist()
 
 
+COUNTING = threading.Lock()
+
+
 class CountedFiles(LocalFileSystem):  # type: ignore[misc]
     """Local files, and how many bytes were read of them."""
 
@@ -118,7 +122,8 @@ class CountedFiles(LocalFileSystem):  # type: ignore[misc]
 
         def read(size: int = -1) -> bytes:
             data: bytes = plain(size)
-            CountedFiles.read += len(data)
+            with COUNTING:
+                CountedFiles.read += len(data)
             return data
 
         return _Proxy(opened, read)

@@ -3,7 +3,8 @@
 It knows no file format (parquet_files.py, tf_records.py, ray_blocks.py) and does not choose rows (sampler.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,12 @@ import numpy.typing as npt
 from dtrain.data.source import ArraySource, leaves, map_tree
 from dtrain.errors import ConfigError, DataError
 from dtrain.types import Tree
+
+LOADS_AT_ONCE = 4
+"""Lanes often come to the end of their blocks together, and an object store answers several requests as fast as one."""
+
+_Part = tuple[int, npt.NDArray[np.int64]]
+"""A block, and the places of its rows among those asked for."""
 
 _Form = tuple[str, dict[str, tuple[tuple[int, ...], str]]]
 """A block, and shape and dtype of its arrays by path."""
@@ -37,7 +44,8 @@ class BlockSource:
     are stored.
 
     Args:
-        load: gives the arrays of a block by its number. It must pickle; what is loaded never travels.
+        load: gives the arrays of a block by its number. It is called from several threads at once, and must pickle;
+            what is loaded never travels.
         blocks: the number of rows in each block; blocks without rows may be among them.
         lanes: how many blocks a mini-batch draws on, at most.
 
@@ -85,11 +93,11 @@ class BlockSource:
         order = np.argsort(blocks, kind="stable")
         cuts = [0, *(np.flatnonzero(np.diff(blocks[order])) + 1).tolist(), len(order)]
         parts = [(int(blocks[order[start]]), order[start:stop]) for start, stop in pairwise(cuts)]
-        parts.sort(key=lambda part: part[0] not in self._loaded)  # before loading others pushes them out
         if len(parts) == 1:
+            self._load_missing(parts[:1])
             return self._read_block(parts[0][0], indices, len(indices))
         gathered: Tree = None
-        for block, places in parts:
+        for block, places in self._each_loaded(parts):
             rows = self._read_block(block, indices[places], int(places[-1]))
             if gathered is None:
                 gathered = map_tree(lambda leaf: np.empty((len(indices), *leaf.shape[1:]), leaf.dtype), rows)
@@ -97,12 +105,31 @@ class BlockSource:
                 target[places] = leaf
         return gathered
 
+    def _each_loaded(self, parts: list[_Part]) -> Iterator[_Part]:
+        """The parts, each while its block is loaded: first those that are, before others take their place."""
+        missing = [part for part in parts if part[0] not in self._loaded]
+        yield from [part for part in parts if part[0] in self._loaded]
+        at_once = min(LOADS_AT_ONCE, self._capacity)
+        for start in range(0, len(missing), at_once):
+            group = missing[start : start + at_once]
+            self._load_missing(group)
+            yield from group
+
+    def _load_missing(self, parts: list[_Part]) -> None:
+        missing = [block for block, _ in parts if block not in self._loaded]
+        self._make_room(self._capacity - len(missing))
+        if len(missing) <= 1:
+            found = [self._load(block) for block in missing]
+        else:
+            with ThreadPoolExecutor(len(missing), thread_name_prefix="dtrain-blocks") as pool:
+                found = list(pool.map(self._load, missing))
+        for block, arrays in zip(missing, found, strict=True):
+            self._loaded[block] = self._checked(block, arrays)
+            self._last_used[block] = self._reads, True, 0
+
     def _read_block(self, block: int, indices: npt.NDArray[np.int64], last_place: int) -> Tree:
-        if block not in self._loaded:
-            self._make_room(self._capacity - 1)
-            self._loaded[block] = self._checked(block, self._load(block))
         self._rows_read[block] += len(indices)
-        is_open = self._rows_read[block] % self.blocks[block] > 0
+        is_open = bool(self._rows_read[block] % self.blocks[block] > 0)
         self._last_used[block] = self._reads, is_open, last_place
         return self._loaded[block].read(indices - (self._ends[block] - self.blocks[block]))
 
