@@ -41,9 +41,14 @@ FIT: dict[str, Any] = {
 
 @pytest.fixture
 def in_float64() -> Iterator[None]:
-    keras.config.set_floatx("float64")
+    set_dtype("float64")
     yield
-    keras.config.set_floatx("float32")
+    set_dtype("float32")
+
+
+def set_dtype(dtype: str) -> None:
+    keras.config.set_floatx(dtype)
+    keras.config.set_dtype_policy(dtype)  # Keras keeps the one that it first made of floatx
 
 
 def write(path: Path, rows: int, seed: int) -> tuple[DataSource, np.ndarray, np.ndarray]:
