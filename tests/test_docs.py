@@ -37,6 +37,13 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: name_of(page))
+def test_every_test_that_is_named_exists(page: Path) -> None:
+    source = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", page.read_text())
+    assert [name for name in named if f"def {name}(" not in source and name != "test_on_batch"] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: name_of(page))
 def test_python_in_it_compiles(page: Path) -> None:
     for code in python_of(page.read_text()):
         compile(code, str(page), "exec")

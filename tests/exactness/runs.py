@@ -138,6 +138,18 @@ def refusal_of_a_step_without_optimizer(collective: Collective) -> str:
     return "it was not refused"
 
 
+def refusal_of_a_stateful_layer(collective: Collective) -> str:
+    keras.backend.clear_session(free_memory=False)
+    recurrent = layers.GRU(2, stateful=True, name="remembers")
+    model = keras.Sequential([keras.Input((4, 3), batch_size=2), recurrent, layers.Dense(1)])
+    model.compile("sgd", "mse")
+    try:
+        Replica(model, collective).build((np.zeros((2, 4, 3), np.float32), np.zeros((2, 1), np.float32)))
+    except ConfigError as error:
+        return str(error)
+    return "it was not refused"
+
+
 def make_data(feature: Feature, size: Size) -> tuple[Data, Data]:
     """The rows to train on and those to validate on."""
     return feature.data(np.random.default_rng(1), size.rows), feature.data(np.random.default_rng(2), VALIDATION_ROWS)

@@ -64,6 +64,17 @@ def test_a_step_that_reduces_nothing_is_refused_by_name(lab: Any) -> None:
         assert "self.optimizer.apply" in message
 
 
+def test_a_stateful_layer_is_refused_on_several_ranks(lab: Any) -> None:
+    def refusal(collective: Any) -> str:
+        from exactness.runs import refusal_of_a_stateful_layer
+
+        return refusal_of_a_stateful_layer(collective)
+
+    for message in lab.ranks.run(2, refusal):
+        assert "layer 'remembers' is stateful" in message and "stateful=False" in message
+    assert lab.ranks.run(1, refusal) == ["it was not refused"]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unsynchronised_batch_normalization_is_an_exception_indeed(lab: Any, dtype: str) -> None:
     """If this fails the exception is gone, and the feature belongs among those that are equal."""
