@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dtrain.history import History
     from dtrain.losses import whole_batch
     from dtrain.optimizer import reduce_gradients
+    from dtrain.schedules import WarmUp
     from dtrain.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ _HOMES = {
     "History": "dtrain.history",
     "CheckpointConfig": "dtrain.config",
     "MLflowConfig": "dtrain.config",
+    "WarmUp": "dtrain.schedules",
     "on_every_rank": "dtrain.callbacks",
     "reduce_gradients": "dtrain.optimizer",
     "whole_batch": "dtrain.losses",
@@ -33,6 +35,7 @@ __all__ = [
     "History",
     "MLflowConfig",
     "Trainer",
+    "WarmUp",
     "data",
     "errors",
     "on_every_rank",

@@ -17,7 +17,7 @@ STOREYS = {
     "leaves": "model keras_internals data data.source data.sampler data.loader collective rendezvous storage"
     " checkpoint runs tracking journal mlflow_run progress plots description history setup"
     " driver_tensorflow horovod_build _horovod_cmake data.blocks data.files data.columns"
-    " data.parquet_files data.checks data.tf_records data.ray_blocks",
+    " data.parquet_files data.checks data.tf_records data.ray_blocks callback_state schedules",
     "one rank": "replica step optimizer losses metrics batch_norm callbacks",
     "many": "worker_group worker telemetry cluster",
     "decisions": "controller policy",
@@ -28,7 +28,7 @@ STOREYS = {
 OWNERS = {
     "ray": "cluster worker_group worker telemetry data.ray_*",
     "tensorflow": "driver_tensorflow replica step optimizer losses metrics batch_norm collective setup data.tf_*",
-    "keras": "model keras_internals replica step optimizer losses metrics batch_norm callbacks setup",
+    "keras": "model keras_internals replica step optimizer losses metrics batch_norm callbacks setup schedules",
     "keras.src": "keras_internals",
     "horovod": "collective doctor",
     "mlflow": "mlflow_run",
