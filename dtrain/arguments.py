@@ -8,12 +8,13 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import cloudpickle
 
+from dtrain.callback_state import Hooks, without_models
 from dtrain.data.sampler import Sampler, default_batch_size
 from dtrain.data.source import ArraySource, Blocked, ClassWeights, DataSource, train_validation_split
 from dtrain.errors import ConfigError, DataError
@@ -134,19 +135,49 @@ def check_platform() -> None:
 
 
 def callback_list(callbacks: Any) -> list[Any]:
-    """The user's callbacks as a flat list.
+    """The user's callbacks as a flat list. Keras's ProgbarLogger is left out: the job has one progress bar.
 
     Raises:
-        ConfigError: one is no Keras callback, or cannot travel to the workers.
+        ConfigError: one is no Keras callback, cannot travel to the workers, or cannot work there.
     """
-    if callbacks is None:
-        return []
-    found = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+    found = list(_flat(callbacks))
     for index, callback in enumerate(found):
         if not hasattr(callback, "on_epoch_end"):
             raise ConfigError(f"callbacks[{index}]={_short(callback)} must be a keras.callbacks.Callback")
-        pickled(f"callbacks[{index}]", callback)
+        if _is_keras(callback, "BackupAndRestore"):
+            raise ConfigError(
+                f"callbacks[{index}]={type(callback).__name__} starts a fit in the middle, from a backup without the"
+                " place in the data; dtrain saves all of that itself: leave it out, keep Trainer(checkpoint=True), and"
+                " go on from a checkpoint with Trainer.restore"
+            )
+    found = [callback for callback in found if not _is_keras(callback, "ProgbarLogger", subclasses=False)]
+    for index, callback in enumerate(found):
+        with without_models([callback]):
+            pickled(f"callbacks[{index}]", callback)
     return found
+
+
+def pickled_hooks(callbacks: Sequence[Any], verbose: int | str) -> bytes:
+    """Callbacks that `callback_list` gave, as they travel to the workers."""
+    with without_models(callbacks):
+        return pickled("callbacks", Hooks(list(callbacks), verbose))
+
+
+def _flat(callbacks: Any) -> Iterator[Any]:
+    """Callbacks as Keras takes them: one, nested lists of them, a CallbackList, or None."""
+    if isinstance(callbacks, (list, tuple)):
+        for item in callbacks:
+            yield from _flat(item)
+    elif callbacks is not None and _is_keras(callbacks, "CallbackList"):
+        yield from callbacks.callbacks
+    elif callbacks is not None:
+        yield callbacks
+
+
+def _is_keras(value: Any, name: str, subclasses: bool = True) -> bool:
+    """Whether a value is of Keras's class `name`; Keras itself, which the driver may not have, is not needed for it."""
+    classes = type(value).__mro__ if subclasses else (type(value),)
+    return any(kind.__name__ == name and kind.__module__.split(".")[0] == "keras" for kind in classes)
 
 
 def source_of(

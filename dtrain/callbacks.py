@@ -1,29 +1,29 @@
 """Owns which callbacks run where, and that what they decide holds on every rank.
 
-Keras's deciding callbacks run on every rank, with the same logs. Those that write, and all of the user's, run on rank
-0 alone; what such a hook does to `stop_training`, the optimizer or the weights is broadcast after it.
+Keras's deciding callbacks run on every rank, with the same logs. Those that write, and all that runs the user's code,
+run on rank 0 alone; what such a hook does to `stop_training`, the optimizers or the weights is broadcast after it.
 """
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import cloudpickle
 import keras
 
 from dtrain.collective import Collective
-from dtrain.keras_internals import is_default, recorded_assignments
+from dtrain.keras_internals import is_default, profiles, recorded_assignments
+from dtrain.optimizer import optimizers_of
 from dtrain.types import Logs
 
 T = TypeVar("T")
 
 _DECIDING = (
     keras.callbacks.EarlyStopping,
-    keras.callbacks.LearningRateScheduler,
     keras.callbacks.ReduceLROnPlateau,
     keras.callbacks.SwapEMAWeights,
     keras.callbacks.TerminateOnNaN,
 )
+
+_FLAGS = ("stop_training", "stop_evaluating", "stop_predicting")
 
 
 def runs_on_every_rank(callback: keras.callbacks.Callback) -> bool:
@@ -53,27 +53,45 @@ class RankCallbacks:
         self._model = model
         self._collective = collective
         self._only_first = [callback for callback in callbacks if not runs_on_every_rank(callback)]
-        self.own = [c for c in callbacks if collective.rank == 0 or runs_on_every_rank(c)]
-        self._list = keras.callbacks.CallbackList(list(self.own), add_history, model=model, **params)
-        self.has_train_batch_hooks = any(_overrides(c, hook) for c in callbacks for hook in _batch_hooks("train"))
-        self.has_test_batch_hooks = any(_overrides(c, hook) for c in callbacks for hook in _batch_hooks("test"))
+        own = [c for c in callbacks if collective.rank == 0 or runs_on_every_rank(c)]
+        self._list = keras.callbacks.CallbackList(own, add_history, model=model, **params)
+        self._with_batches = {
+            kind: any(_looks_at_batches(callback, kind) for callback in callbacks)
+            for kind in ("train", "test", "predict")
+        }
+
+    def has_batch_hooks(self, kind: str) -> bool:
+        """Whether a callback looks at each batch of "train", "test" or "predict"."""
+        return self._with_batches[kind]
 
     def __call__(self, hook: str, *args: Any, logs: Logs | None = None) -> None:
         """Call `hook` of every callback that runs here; afterwards its effects hold on all ranks."""
         with recorded_assignments() as assigned:
             getattr(self._list, hook)(*args, logs)
-        if self._collective.world_size > 1 and any(_overrides(c, hook) for c in self._only_first):
+        if self._collective.world_size > 1 and self._only_first and self._may_differ(hook):
             self._agree(hook, assigned)
+
+    def call_here(self, hook: str, *args: Any, logs: Logs | None = None) -> None:
+        """Call `hook` on this rank alone; its effects stay here."""
+        getattr(self._list, hook)(*args, logs)
 
     def history(self) -> dict[str, list[float]]:
         """Keras's History of the fit so far."""
         history: dict[str, list[float]] = self._model.history.history
         return history
 
+    def _may_differ(self, hook: str) -> bool:
+        """Whether `hook` may have had another effect on rank 0 than on others.
+
+        What a callback on rank 0 puts into the logs may be what a deciding one stops at, and restores weights for,
+        several hooks later: so all count but those of single batches, which are many.
+        """
+        return "batch" not in hook or any(_overrides(callback, hook) for callback in self._only_first)
+
     def _agree(self, hook: str, assigned: Sequence[Any]) -> None:
         variables = _variables_of(self._model)
         changed = [i for i, v in enumerate(variables) if any(v is other for other in assigned)]
-        flags = {flag: bool(getattr(self._model, flag, False)) for flag in ("stop_training", "stop_evaluating")}
+        flags = {flag: bool(getattr(self._model, flag, False)) for flag in _FLAGS}
         decision = {"flags": flags, "changed": changed}
         decision = self._collective.broadcast_json(decision, f"{hook}.decision")
         for flag, value in decision["flags"].items():
@@ -98,24 +116,18 @@ def on_every_rank(callback: T) -> T:
     return callback
 
 
-def export_state(callback: keras.callbacks.Callback) -> dict[str, Any]:
-    """The attributes of a callback that can travel back to the driver's object."""
-    state = {}
-    for name, value in vars(callback).items():
-        if name in ("_model", "params"):
-            continue
-        with contextlib.suppress(Exception):  # an open file, say: it stays where it is
-            cloudpickle.dumps(value)
-            state[name] = value
-    return state
-
-
 def _variables_of(model: keras.Model) -> list[Any]:
-    return [*model.variables, *(model.optimizer.variables if model.optimizer is not None else ())]
+    optimizers = list(optimizers_of(model))
+    return [*model.variables, *(variable for optimizer in optimizers for variable in optimizer.variables)]
 
 
-def _batch_hooks(kind: str) -> tuple[str, str]:
-    return f"on_{kind}_batch_begin", f"on_{kind}_batch_end"
+def _looks_at_batches(callback: keras.callbacks.Callback, kind: str) -> bool:
+    """Whether a callback needs its hooks of single batches. Two of Keras's have them always and use them at times."""
+    if type(callback) is keras.callbacks.ModelCheckpoint and callback.save_freq == "epoch":
+        return False
+    if type(callback) is keras.callbacks.TensorBoard and callback.update_freq == "epoch":
+        return bool(callback.write_steps_per_second) or profiles(callback)
+    return any(_overrides(callback, f"on_{kind}_batch_{place}") for place in ("begin", "end"))
 
 
 def _overrides(callback: keras.callbacks.Callback, hook: str) -> bool:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dtrain import cluster
-from dtrain.arguments import FitArguments, pickled
+from dtrain.arguments import FitArguments, pickled_hooks
+from dtrain.callback_state import import_state
 from dtrain.checkpoint import Manifest
 from dtrain.controller import Controller, FitRecord, Saving
 from dtrain.data.source import keras_batch
@@ -75,12 +76,12 @@ class FitRun:
                 wanted.plan,
                 cluster.put(wanted.train),
                 cluster.put(wanted.validation),
-                pickled("callbacks", list(callbacks)),
+                pickled_hooks(callbacks, self._verbose),
                 self._saving(),
                 self._record,
             )
             for callback, state in zip(callbacks, self._record.callback_states, strict=True):
-                vars(callback).update(state)
+                import_state(callback, state)
             self._log_results()
         return self._history()
 

@@ -31,6 +31,7 @@ __all__ = [
     "is_update_step",
     "layers_of",
     "loss_module",
+    "profiles",
     "recorded_assignments",
     "seed_generators_of",
     "set_keras_mask",
@@ -88,6 +89,11 @@ def accumulators_of(optimizer: keras.optimizers.Optimizer, variables: Any = None
 def is_update_step(optimizer: keras.optimizers.Optimizer) -> Any:
     """Whether the next `apply` of an optimizer that accumulates updates the weights: a scalar tensor of bool."""
     return (optimizer._iterations + 1) % optimizer.gradient_accumulation_steps == 0
+
+
+def profiles(board: keras.callbacks.TensorBoard) -> bool:
+    """Whether a TensorBoard callback was made with a `profile_batch`."""
+    return bool(board._should_trace)
 
 
 @contextlib.contextmanager

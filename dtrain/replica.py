@@ -5,7 +5,7 @@ its Collective alone. All ranks make the same calls in the same order.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,7 @@ class _Fit:
     callbacks: RankCallbacks
     batch_bytes: int
     logs: Logs = field(default_factory=dict)
+    epoch_logs: Logs = field(default_factory=dict)
     stopped: bool = False
 
 
@@ -144,6 +145,7 @@ class Replica:
         train: DataSource,
         validation: DataSource | None = None,
         callbacks: Sequence[keras.callbacks.Callback] = (),
+        verbose: int | str = 0,
     ) -> None:
         """Get ready to run the segments of a fit."""
         collective = self.collective
@@ -157,9 +159,9 @@ class Replica:
             self.model,
             collective,
             add_history=True,
+            verbose=verbose,
             epochs=plan.epochs,
             steps=loader.sampler.steps_per_epoch,
-            verbose=0,
         )
         rows = -(-plan.train.batch_size // collective.world_size)
         row_bytes = sum(leaf.nbytes for leaf in tf.nest.flatten(first) if leaf is not None)
@@ -205,37 +207,33 @@ class Replica:
         optimizer = self.model.optimizer
         if isinstance(optimizer, keras.optimizers.Optimizer) and fit.plan.epochs > 0:
             optimizer.finalize_variable_values(self.model.trainable_weights)
-        fit.callbacks("on_train_end", logs=fit.logs)
+        fit.callbacks("on_train_end", logs=fit.epoch_logs)
         self._fit = None
         self.progress = Progress("idle")
         return fit.callbacks.history()
 
-    @property
-    def fit_callbacks(self) -> list[keras.callbacks.Callback]:
-        """The callbacks of the fit in progress that run on this rank."""
-        return self._running_fit().callbacks.own
-
     def _train(self, fit: _Fit, segment: Segment) -> tuple[dict[str, Array], int, int]:
         """Run the steps. Returns each metric's value after each step, the number of steps and of rows."""
         epoch, step = segment.position.epoch, segment.position.step
-        hooked = fit.callbacks.has_train_batch_hooks
-        steps_per_call = self.model.steps_per_execution if hooked else self._steps_per_call(fit)
+        hooked = fit.callbacks.has_batch_hooks("train")
+        looked_at = hooked or self.model.stop_training  # by Keras, too, after a first call
+        steps_per_call = self.model.steps_per_execution if looked_at else self._steps_per_call(fit)
         states, own, rows = [], [], 0
-        chunks = fit.loader.chunks(epoch, step, segment.num_steps, steps_per_call)
+        chunks = _chunks(fit.loader, epoch, step, segment.num_steps, steps_per_call, looked_at)
         for chunk in chunks:
-            if hooked:
+            if hooked and chunk.first_step % steps_per_call == 0:
                 fit.callbacks("on_train_batch_begin", chunk.first_step)
             state, returned = self._call("train", chunk)
             step = chunk.first_step + chunk.num_steps
             rows += chunk.global_rows * chunk.num_steps
-            if hooked:
+            if hooked and (step % steps_per_call == 0 or step == fit.loader.sampler.steps_in_epoch(epoch)):
                 logs = _last(self._global_logs("train", [state], [returned], "batch"))
-                fit.callbacks("on_train_batch_end", step - 1, logs=logs)
+                fit.callbacks("on_train_batch_end", _last_of_call(chunk, steps_per_call), logs=logs)
             states.append(state)
             own.append(returned)
             self.progress = Progress("train", epoch, step, fit.loader.sampler.steps_in_epoch(epoch), fit.logs)
             if self.model.stop_training:
-                chunks.close()  # type: ignore[attr-defined]
+                chunks.close()
                 break
         step_logs = self._global_logs("train", states, own, "segment")
         return step_logs, step - segment.position.step, rows
@@ -253,6 +251,7 @@ class Replica:
             assert fit.plan.validation is not None
             found = self._evaluate(fit.plan.validation, fit.validation, fit.callbacks)
             logs.update({f"val_{key}": value for key, value in found.items()})
+        fit.epoch_logs = logs
         known = {key: len(values) for key, values in fit.callbacks.history().items()}
         fit.callbacks("on_epoch_end", epoch, logs=logs)
         history = fit.callbacks.history()  # it has what callbacks added to the logs, too
@@ -266,45 +265,62 @@ class Replica:
 
     # --- evaluate, predict, and single batches
 
-    def evaluate(self, plan: BatchPlan, source: DataSource, callbacks: Sequence[keras.callbacks.Callback] = ()) -> Logs:
+    def evaluate(
+        self,
+        plan: BatchPlan,
+        source: DataSource,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+        verbose: int | str = 0,
+    ) -> Logs:
         """The metrics of the whole data set, the same on all ranks. Collective."""
         self.build(source.read(np.zeros(1, np.int64)))
         sampler = Sampler(plan)
         ranked = RankCallbacks(
-            callbacks, self.model, self.collective, epochs=1, steps=sampler.steps_per_epoch, verbose=0
+            callbacks, self.model, self.collective, verbose=verbose, epochs=1, steps=sampler.steps_per_epoch
         )
         return self._in_order(self._evaluate(plan, source, ranked))
 
     def predict(
-        self, plan: BatchPlan, source: DataSource, callbacks: Sequence[keras.callbacks.Callback] = ()
+        self,
+        plan: BatchPlan,
+        source: DataSource,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+        verbose: int | str = 0,
     ) -> Tree | None:
-        """Predictions for this rank's contiguous part of the rows; None where it has none. No communication."""
+        """Predictions for this rank's contiguous part of the rows; None where it has none.
+
+        A callback that looks at each batch is to see all of them: rank 0 then predicts alone. Collective where there
+        are callbacks.
+        """
         rank, world_size = self.collective.rank, self.collective.world_size
+        sampler = Sampler(plan)
+        ranked = RankCallbacks(
+            callbacks, self.model, self.collective, verbose=verbose, epochs=1, steps=sampler.steps_per_epoch
+        )
+        self.model.stop_predicting = False
+        ranked("on_predict_begin")
+        if ranked.has_batch_hooks("predict"):
+            world_size = 1
         steps = plan.steps_per_epoch
         num_rows = plan.num_rows if steps is None else min(plan.num_rows, steps * plan.batch_size)
-        rows = even_split(num_rows, world_size, rank)
-        if rows.stop == rows.start:
-            return None
-        part = Rows(source, rows.start, rows.stop)
-        own_plan = BatchPlan(num_rows=len(part), batch_size=max(1, plan.batch_size // world_size))
-        loader = Loader(part, own_plan, 0, 1, _to_tensors)
-        hooks = [callback for callback in callbacks if rank == 0]
-        own_list = keras.callbacks.CallbackList(hooks, model=self.model, epochs=1, verbose=0)
-        self.model.stop_predicting = False
-        own_list.on_predict_begin()
+        rows = even_split(num_rows, world_size, rank) if rank < world_size else slice(0, 0)
         outputs = []
-        num_steps = loader.sampler.steps_per_epoch
-        for chunk in loader.chunks(0, 0, num_steps, 1):
-            own_list.on_predict_batch_begin(chunk.first_step)
-            output = self._predict_batch(tf.nest.map_structure(lambda leaf: leaf[0], chunk.data))
-            outputs.append(tf.nest.map_structure(lambda leaf: leaf.numpy(), output))
-            own_list.on_predict_batch_end(chunk.first_step, {"outputs": outputs[-1]})
-            self.progress = Progress("predict", 0, chunk.first_step + 1, num_steps)
-            if self.model.stop_predicting:
-                break
-        own_list.on_predict_end()
+        if rows.stop > rows.start:
+            part = Rows(source, rows.start, rows.stop)
+            own_plan = BatchPlan(num_rows=len(part), batch_size=max(1, plan.batch_size // world_size))
+            loader = Loader(part, own_plan, 0, 1, _to_tensors)
+            num_steps = loader.sampler.steps_per_epoch
+            for chunk in loader.chunks(0, 0, num_steps, 1):
+                ranked.call_here("on_predict_batch_begin", chunk.first_step)
+                output = self._predict_batch(tf.nest.map_structure(lambda leaf: leaf[0], chunk.data))
+                outputs.append(tf.nest.map_structure(lambda leaf: leaf.numpy(), output))
+                ranked.call_here("on_predict_batch_end", chunk.first_step, logs={"outputs": outputs[-1]})
+                self.progress = Progress("predict", 0, chunk.first_step + 1, num_steps)
+                if self.model.stop_predicting:
+                    break
+        ranked("on_predict_end")
         self.progress = Progress("idle")
-        return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *outputs)
+        return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *outputs) if outputs else None
 
     def on_batch(self, kind: Kind, batch: ArraySource) -> Logs:
         """One step on the rows of `batch`, the whole mini-batch on every rank; metrics of it alone. Collective."""
@@ -318,20 +334,22 @@ class Replica:
 
     def _evaluate(self, plan: BatchPlan, source: DataSource, callbacks: RankCallbacks) -> Logs:
         loader = Loader(source, plan, self.collective.rank, self.collective.world_size, _to_tensors)
-        num_steps = loader.sampler.steps_per_epoch
-        hooked = callbacks.has_test_batch_hooks
+        num_steps = loader.sampler.steps_in_epoch(0)
+        hooked = callbacks.has_batch_hooks("test")
+        steps_per_call = self.model.steps_per_execution if hooked else 8
         self.model.reset_metrics()
         self.model.stop_evaluating = False
         callbacks("on_test_begin")
         state, own = None, None
-        for chunk in loader.chunks(0, 0, loader.sampler.steps_in_epoch(0), 1 if hooked else 8):
-            if hooked:
+        for chunk in _chunks(loader, 0, 0, num_steps, steps_per_call, hooked):
+            if hooked and chunk.first_step % steps_per_call == 0:
                 callbacks("on_test_batch_begin", chunk.first_step)
             state, own = self._call("test", chunk)
-            if hooked:
+            step = chunk.first_step + chunk.num_steps
+            if hooked and (step % steps_per_call == 0 or step == num_steps):
                 logs = _last(self._global_logs("test", [state], [own], "test_batch"))
-                callbacks("on_test_batch_end", chunk.first_step, logs=logs)
-            self.progress = Progress("evaluate", 0, chunk.first_step + chunk.num_steps, num_steps)
+                callbacks("on_test_batch_end", _last_of_call(chunk, steps_per_call), logs=logs)
+            self.progress = Progress("evaluate", 0, step, num_steps)
             if self.model.stop_evaluating:
                 break
         assert state is not None and own is not None
@@ -394,6 +412,24 @@ class Replica:
         if self.collective.rank > 0:
             drop_accumulated(self.model)
         spread_seeds(self.model, self.collective.rank)
+
+
+def _chunks(
+    loader: Loader, epoch: int, first_step: int, num_steps: int, steps_per_chunk: int, aligned: bool
+) -> Generator[Chunk, None, None]:
+    """A loader's chunks; `aligned`: none reaches over a multiple of `steps_per_chunk`, wherever the segments end."""
+    end = first_step + num_steps
+    while first_step < end:
+        stop = end
+        if aligned and steps_per_chunk > 1:
+            stop = min(end, (first_step // steps_per_chunk + 1) * steps_per_chunk)
+        yield from loader.chunks(epoch, first_step, stop - first_step, steps_per_chunk)
+        first_step = stop
+
+
+def _last_of_call(chunk: Chunk, steps_per_execution: int) -> int:
+    """What Keras gives as the last step of an execution, which may be beyond the last of the epoch."""
+    return (chunk.first_step // steps_per_execution + 1) * steps_per_execution - 1
 
 
 def _last(logs: dict[str, Array]) -> Logs:

@@ -5,6 +5,7 @@ nothing about training itself.
 """
 
 import atexit
+import logging
 import os
 import sys
 import weakref
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 import numpy as np
 
 from dtrain import arguments, cluster
+from dtrain.callback_state import import_state
 from dtrain.config import CheckpointConfig, MLflowConfig
 from dtrain.controller import Controller
 from dtrain.data.source import DataSource
@@ -31,6 +33,8 @@ from dtrain.worker_group import GroupSpec, WorkerGroup, check_name, threads_for
 if TYPE_CHECKING:
     import keras
 
+
+log = logging.getLogger("dtrain")
 
 Config = TypeVar("Config")
 
@@ -204,14 +208,13 @@ class Trainer:
     ) -> Any:
         """Predictions for all rows, in their order; as in `keras.Model.predict`.
 
-        Callbacks see the batches of the first worker, which has the first rows. Where one sets
-        `self.model.stop_predicting`, what is returned ends with the rows that it has seen.
+        Where a callback looks at each batch the first worker predicts alone, so that it sees all of them; what it stops
+        with `self.model.stop_predicting` ends with the rows that it has seen.
         """
         source = arguments.source_of(x)
         plan = arguments.batch_plan(source, batch_size, steps, "steps")
         parts = self._run_pass("predict", plan, source, callbacks, verbose)
-        _, was_stopped = parts[0]
-        return _concatenate([rows for rows, _ in (parts[:1] if was_stopped else parts) if rows is not None])
+        return _concatenate([rows for rows in parts if rows is not None])
 
     def train_on_batch(
         self,
@@ -313,6 +316,7 @@ class Trainer:
             self.check_room(run_name)
             self._group = self._new_group(run_name, display)
         group = self._group
+        self._enter_directory(group)
         first = source.read(np.zeros(1, np.int64))
         self._weights.see(first)
         if group.description is None or (with_loss and not group.has_loss):
@@ -344,11 +348,21 @@ class Trainer:
         group = WorkerGroup(spec)
         try:
             group.start(display.status)
+            self._enter_directory(group)
             group.call("make_model", self._pickled_model_fn)
         except BaseException:
             group.close()
             raise
         return group
+
+    def _enter_directory(self, group: WorkerGroup) -> None:
+        """Let relative paths in the user's code mean on the workers what they mean here, where there is that folder."""
+        directory = os.getcwd()
+        if group.directory != directory:
+            is_there = group.call("enter", directory)[0]
+            group.directory = directory
+            if not is_there:
+                log.info("rank 0 has no folder %s: relative paths in callbacks are relative to its own", directory)
 
     def _settings(self, run_name: str, cpus: float, workers_on_node: int) -> WorkerSettings:
         intra, inter = threads_for(cpus, workers_on_node)
@@ -398,7 +412,12 @@ class Trainer:
         with ProgressBar(verbose, 1, steps, self.num_workers, task=task) as display:
             group = self.start(source, display, with_loss=task == "evaluate")
             controller = Controller(group, NullTracker(), display)
-            return controller.run_pass(task, plan, cluster.put(source), arguments.pickled("callbacks", hooks))
+            pickled_hooks = arguments.pickled_hooks(hooks, verbose)
+            results = controller.run_pass(task, plan, cluster.put(source), pickled_hooks)
+            if hooks:
+                for callback, state in zip(hooks, group.call("callback_states")[0], strict=True):
+                    import_state(callback, state)
+            return results
 
     def _on_batch(self, kind: str, source: DataSource) -> Logs:
         with ProgressBar(0) as display:

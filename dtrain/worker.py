@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 import cloudpickle
 
+from dtrain.callback_state import Hooks, export_state
 from dtrain.errors import ConfigError, DtrainError
 from dtrain.types import (
     BatchPlan,
@@ -62,6 +63,7 @@ class Worker:
         self._replica: Any = None
         self._collective: Any = None
         self._settings: WorkerSettings | None = None
+        self._hooks = Hooks(())
         sys.stdout = self._printed
 
     def __repr__(self) -> str:
@@ -98,6 +100,19 @@ class Worker:
         self._collective = group
 
     @_reported
+    def enter(self, directory: str) -> bool:
+        """Work in a folder, the driver's, where this node has it and Ray gave the worker none of its own.
+
+        So files that the user's code writes are where they are with plain Keras. Returns whether it does.
+        """
+        import ray
+
+        if "working_dir" not in ray.get_runtime_context().runtime_env:
+            with contextlib.suppress(OSError):
+                os.chdir(directory)
+        return os.path.realpath(os.getcwd()) == os.path.realpath(directory)
+
+    @_reported
     def make_model(self, pickled_model_fn: bytes) -> None:
         """Call the user's factory."""
         from dtrain.model import make_model
@@ -122,7 +137,8 @@ class Worker:
 
     @_reported
     def begin_fit(self, plan: FitPlan, train: Any, validation: Any, callbacks: bytes) -> None:
-        self._replica.begin_fit(plan, train, validation, _unpickled("callbacks", callbacks))
+        hooks = self._unpack(callbacks)
+        self._replica.begin_fit(plan, train, validation, hooks.callbacks, hooks.verbose)
 
     @_reported
     def run(self, segment: Segment) -> SegmentResult:
@@ -132,22 +148,24 @@ class Worker:
     @_reported
     def end_fit(self) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
         """Keras's history, and on rank 0 the state of the user's callbacks."""
-        from dtrain.callbacks import export_state
-
-        callbacks = self._replica.fit_callbacks
         history = self._replica.end_fit()
-        return history, [export_state(callback) for callback in callbacks] if self._rank == 0 else []
+        return history, self._callback_states()
 
     @_reported
     def evaluate(self, plan: BatchPlan, source: Any, callbacks: bytes) -> Logs:
-        logs: Logs = self._replica.evaluate(plan, source, _unpickled("callbacks", callbacks))
+        hooks = self._unpack(callbacks)
+        logs: Logs = self._replica.evaluate(plan, source, hooks.callbacks, hooks.verbose)
         return logs
 
     @_reported
-    def predict(self, plan: BatchPlan, source: Any, callbacks: bytes) -> tuple[Tree, bool]:
-        """This rank's predictions, and whether a callback stopped before its last rows."""
-        rows = self._replica.predict(plan, source, _unpickled("callbacks", callbacks))
-        return rows, bool(getattr(self._replica.model, "stop_predicting", False))
+    def predict(self, plan: BatchPlan, source: Any, callbacks: bytes) -> Tree:
+        hooks = self._unpack(callbacks)
+        return self._replica.predict(plan, source, hooks.callbacks, hooks.verbose)
+
+    @_reported
+    def callback_states(self) -> list[dict[str, Any]]:
+        """The state of the user's callbacks after the last verb, from rank 0; nothing from the others."""
+        return self._callback_states()
 
     @_reported
     def on_batch(self, kind: str, batch: Any) -> Logs:
@@ -171,6 +189,13 @@ class Worker:
 
         state = self._replica.read_state()
         return (staging.write_tensors(MODEL_FILE, state),) if self._rank == 0 else ()
+
+    def _unpack(self, pickled_hooks: bytes) -> Hooks:
+        self._hooks = _unpickled("callbacks", pickled_hooks)
+        return self._hooks
+
+    def _callback_states(self) -> list[dict[str, Any]]:
+        return [export_state(callback) for callback in self._hooks.callbacks] if self._rank == 0 else []
 
     def progress(self) -> Progress:
         """How far this rank is, and what it printed since the last call; answers while a method runs."""

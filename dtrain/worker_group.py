@@ -81,6 +81,8 @@ class WorkerGroup:
         """Whether it is built to train and evaluate, rather than to predict alone."""
         self.rescued: dict[str, Array] | None = None
         """The state that the workers had when a failure closed the group, where rank 0 could still tell it."""
+        self.directory: str | None = None
+        """The driver's working directory, as the workers were told."""
         self._actors: list[Any] = []
         self._late_polls: dict[int, Any] = {}
         self._placement: PlacementGroup | None = None

@@ -32,6 +32,13 @@ def test_inputs_alone_build_the_variables_of_model_and_optimizer(model: keras.Mo
     assert len(model.trainable_variables) == 6 and model.optimizer.built
 
 
+def test_a_board_that_profiles_is_told_apart() -> None:
+    board = keras.callbacks.TensorBoard()
+    assert not keras_internals.profiles(board)
+    board._init_profile_batch((0, 2))
+    assert keras_internals.profiles(board)
+
+
 def test_layers_and_their_seed_generators_are_found(model: keras.Model) -> None:
     layers = keras_internals.layers_of(model)
     assert model in layers and sum(isinstance(layer, keras.layers.Dense) for layer in layers) == 2

@@ -1,0 +1,67 @@
+"""One Trainer's workers for many models: starting processes is what costs, and users would start them anew.
+
+`use` gives the workers of a Trainer another factory, as if a new Trainer had been made; `fresh` makes a factory that
+gives the same model, with the same names and weights, in every process and however often it is called.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+import dtrain
+from dtrain import arguments
+
+
+def fresh(factory: Callable[[], Any]) -> Callable[[], Any]:
+    """A factory with Keras's counters and seeds reset."""
+
+    def make() -> Any:
+        import keras
+
+        keras.backend.clear_session()
+        keras.utils.set_random_seed(7)
+        return factory()
+
+    make.__wrapped__ = factory  # type: ignore[attr-defined]
+    return make
+
+
+def use(trainer: dtrain.Trainer, model_fn: Callable[[], Any]) -> dtrain.Trainer:
+    """The same workers with a new model each."""
+    pickled = arguments.pickled_model_fn(model_fn, None)
+    trainer.model_fn, trainer._pickled_model_fn = model_fn, pickled
+    trainer._model = trainer._example = trainer._pending = None
+    trainer._model_is_current = trainer._weights_are_lost = False
+    group = trainer._group
+    if group is not None and not group.closed:
+        group.description, group.has_loss = None, False
+        group.call("make_model", pickled)
+    return trainer
+
+
+def differences(ours: Any, theirs: Any, tolerance: float) -> list[str]:
+    """Where two nested values differ: in structure, in names, their order, or by more than the tolerance (0: at all).
+
+    The tolerance is absolute for numbers up to 1, relative for larger ones.
+    """
+    if isinstance(theirs, Mapping):
+        if list(ours) != list(theirs):
+            return [f"keys {list(ours)} are not {list(theirs)}"]
+        return [f"[{key!r}]{text}" for key in theirs for text in differences(ours[key], theirs[key], tolerance)]
+    if isinstance(theirs, (list, tuple)):
+        if not isinstance(ours, (list, tuple)) or len(ours) != len(theirs):
+            return [f" {ours} is not {theirs}"]
+        pairs = enumerate(zip(ours, theirs, strict=True))
+        return [f"[{i}]{text}" for i, (one, other) in pairs for text in differences(one, other, tolerance)]
+    if theirs is None or isinstance(theirs, (str, bool)):
+        return [] if ours == theirs else [f" {ours!r} is not {theirs!r}"]
+    one, other = np.asarray(ours), np.asarray(theirs)
+    if one.shape != other.shape:
+        return [f" has shape {one.shape}, not {other.shape}"]
+    if np.array_equal(one, other) or (one.dtype.kind == "f" and np.array_equal(one, other, equal_nan=True)):
+        return []
+    if one.dtype.kind not in "fiub":
+        return [f" {one} is not {other}"]
+    off = float(np.max(np.abs(one.astype(float) - other) / np.maximum(1.0, np.abs(other.astype(float)))))
+    return [] if off <= tolerance else [f" is off by {off:.1e}"]
