@@ -25,6 +25,7 @@ __all__ = [
     "backend_nn",
     "build_from_batch",
     "build_from_inputs",
+    "compiled_parts",
     "get_keras_mask",
     "global_seed_generator",
     "is_default",
@@ -59,6 +60,12 @@ def build_from_inputs(model: keras.Model, batch: Any) -> None:
 def layers_of(model: keras.Model) -> list[keras.Layer]:
     """The model and every layer inside it."""
     return list(model._flatten_layers())
+
+
+def compiled_parts(model: keras.Model) -> tuple[Any, ...]:
+    """What `compile` makes anew each time it is called, and which variables of a built model are trained."""
+    parts = (model.optimizer, model._compile_loss, model._compile_metrics)
+    return *parts, *(variable.trainable for variable in model.variables)
 
 
 def seed_generators_of(model: keras.Model) -> list[Any]:

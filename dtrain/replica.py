@@ -278,7 +278,7 @@ class Replica:
         ranked = RankCallbacks(
             callbacks, self.model, self.collective, verbose=verbose, epochs=1, steps=sampler.steps_per_epoch
         )
-        return self._in_order(self._evaluate(plan, source, ranked))
+        return self._evaluate(plan, source, ranked)
 
     def predict(
         self,
@@ -330,7 +330,7 @@ class Replica:
         rows = batch.read(np.arange(len(batch), dtype=np.int64)[part.rows])
         data = _to_tensors(map_tree(lambda leaf: leaf[None], rows))
         state, own = self._call(kind, Chunk(0, 1, data, part.share, part.whole, len(batch)))
-        return self._in_order(_last(self._global_logs(kind, [state], [own], "batch")))
+        return _last(self._global_logs(kind, [state], [own], "batch"))
 
     def _evaluate(self, plan: BatchPlan, source: DataSource, callbacks: RankCallbacks) -> Logs:
         loader = Loader(source, plan, self.collective.rank, self.collective.world_size, _to_tensors)
@@ -388,11 +388,6 @@ class Replica:
             found = self._metrics.global_logs(concatenate(kept), self.collective, f"{kind}.{name}.metrics")
             logs.update((key, found[key]) for key in steps.metric_logs or found)
         return logs
-
-    def _in_order(self, logs: Logs) -> Logs:
-        """The logs in the order in which Keras lists them where no dict is asked for."""
-        names = [metric.name for metric in self.model.metrics if metric.name in logs]
-        return {name: logs[name] for name in [*names, *(key for key in sorted(logs) if key not in names)]}
 
     def _check_same_model(self) -> None:
         signatures = self.collective.all_gather_json(describe(self.model).signature, "signature")

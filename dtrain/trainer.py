@@ -196,7 +196,7 @@ class Trainer:
         source = arguments.source_of(x, y, sample_weight)
         plan = arguments.batch_plan(source, batch_size, steps, "steps", in_any_order=True)
         logs: Logs = self._run_pass("evaluate", plan, source, callbacks, verbose)[0]
-        return logs if return_dict else _flat_logs(logs)
+        return logs if return_dict else self._flat_logs(logs)
 
     def predict(
         self,
@@ -228,12 +228,12 @@ class Trainer:
         source = arguments.source_of(x, y, sample_weight, class_weight)
         self._weights.change()
         logs = self._on_batch("train", source)
-        return logs if return_dict else _flat_logs(logs)
+        return logs if return_dict else self._flat_logs(logs)
 
     def test_on_batch(self, x: Any, y: Tree = None, sample_weight: Tree = None, return_dict: bool = False) -> Any:
         """The loss and metrics of one mini-batch, split over the workers; as in `keras.Model.test_on_batch`."""
         logs = self._on_batch("test", arguments.source_of(x, y, sample_weight))
-        return logs if return_dict else _flat_logs(logs)
+        return logs if return_dict else self._flat_logs(logs)
 
     def predict_on_batch(self, x: Any) -> Any:
         """Predictions for one mini-batch, split over the workers; as in `keras.Model.predict_on_batch`."""
@@ -310,6 +310,7 @@ class Trainer:
         self, source: DataSource, display: ProgressBar, run_name: str | None = None, with_loss: bool = True
     ) -> WorkerGroup:
         """The group of workers, with the model built from `source`; its processes start now unless they run."""
+        self._weights.check_local_model()
         self._let_go_of_the_dead()
         if self._group is None:
             run_name = run_name or self.run_name or unique_name()
@@ -425,6 +426,14 @@ class Trainer:
         logs: Logs = group.call("on_batch", kind, cluster.put(source))[0]
         return logs
 
+    def _flat_logs(self, logs: Logs) -> Any:
+        """Keras's form of logs where no dict is asked for: the loss alone, or a list, with names that occur twice."""
+        assert self._group is not None and self._group.description is not None
+        names = self._group.description.metrics
+        others = (name for name in sorted(logs) if name not in names)
+        values = [logs[name] for name in (*names, *others) if name in logs]
+        return values[0] if len(values) == 1 else values
+
 
 def _config(name: str, value: Any, kind: type[Config]) -> Config | None:
     """What True, False or a configuration object stand for."""
@@ -433,12 +442,6 @@ def _config(name: str, value: Any, kind: type[Config]) -> Config | None:
     if not isinstance(value, kind):
         raise ConfigError(f"{name}={value!r} must be True, False or a dtrain.{kind.__name__}")
     return value
-
-
-def _flat_logs(logs: Logs) -> Any:
-    """Keras's form of logs where no dict is asked for: the loss alone, or a list."""
-    values = list(logs.values())
-    return values[0] if len(values) == 1 else values
 
 
 def _concatenate(parts: Sequence[Tree]) -> Tree:

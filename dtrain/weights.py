@@ -13,7 +13,7 @@ from dtrain import cluster
 from dtrain.checkpoint import MODEL_FILE, load
 from dtrain.data.source import keras_batch
 from dtrain.driver_tensorflow import import_tensorflow
-from dtrain.errors import CheckpointError, DtrainError
+from dtrain.errors import CheckpointError, ConfigError, DtrainError
 from dtrain.types import Tree
 from dtrain.worker_group import WorkerGroup
 
@@ -37,6 +37,7 @@ class Weights:
         self._model_fn, self._config = model_fn, config
         self._example: Tree = None  # the first row of the data: what models are built from
         self._model: keras.Model | None = None
+        self._model_as_made: tuple[Any, ...] = ()  # how model_fn compiled it
         self._model_is_current = False  # it has the workers' weights
         self._pending: State | None = None  # what the workers get as soon as there are any
         self._are_lost = False  # the workers died with them
@@ -58,12 +59,16 @@ class Weights:
     def local_model(self, group: WorkerGroup | None) -> "keras.Model":
         """A keras.Model in this process with the weights as they are now."""
         import_tensorflow()
+        from dtrain.keras_internals import compiled_parts
         from dtrain.model import build_variables, make_model, write_state
 
         if self._model is None:
             self._model = make_model(self._model_fn, self._config)
+            self._model_as_made = ()
         if self._model.built or self._example is not None:
             build_variables(self._model, keras_batch(self._example))
+        if self._model.built and not self._model_as_made:
+            self._model_as_made = compiled_parts(self._model)
         state = self._pending
         if state is None and not self._model_is_current and group is not None and group.description is not None:
             state = group.call("read_state")[0]
@@ -71,6 +76,23 @@ class Weights:
             write_state(self._model, _without_random(state))
             self._model_is_current = True
         return self._model
+
+    def check_local_model(self) -> None:
+        """Refuse what would have no effect: compiling or freezing the local model, which the workers do not see.
+
+        Raises:
+            ConfigError: with what to do instead.
+        """
+        if self._model is None or not self._model_as_made:
+            return
+        from dtrain.keras_internals import compiled_parts
+
+        if any(now is not then for now, then in zip(compiled_parts(self._model), self._model_as_made, strict=False)):
+            raise ConfigError(
+                "trainer.model was compiled anew, or its layers frozen or thawed, after model_fn had made it; the"
+                " workers hold models of their own: do that in the model_fn of another Trainer, and hand it these"
+                " weights with set_weights(trainer.get_weights())"
+            )
 
     def take_model(self, model: "keras.Model", group: WorkerGroup | None) -> None:
         """Give the workers the local model's weights, now or when they start."""

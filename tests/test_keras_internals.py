@@ -32,6 +32,17 @@ def test_inputs_alone_build_the_variables_of_model_and_optimizer(model: keras.Mo
     assert len(model.trainable_variables) == 6 and model.optimizer.built
 
 
+def test_compiling_anew_and_freezing_show(model: keras.Model) -> None:
+    keras_internals.build_from_batch(model, BATCH)
+    before = keras_internals.compiled_parts(model)
+    assert all(one is other for one, other in zip(before, keras_internals.compiled_parts(model), strict=True))
+    model.layers[0].trainable = False
+    assert sum(one is not other for one, other in zip(before, keras_internals.compiled_parts(model), strict=True)) == 2
+    model.compile("adam", "mse", metrics=["mae"])
+    after = keras_internals.compiled_parts(model)
+    assert all(one is not other for one, other in zip(before[:3], after, strict=False))
+
+
 def test_a_board_that_profiles_is_told_apart() -> None:
     board = keras.callbacks.TensorBoard()
     assert not keras_internals.profiles(board)
