@@ -629,6 +629,8 @@ CE = "sparse_categorical_crossentropy"
 COLOURS = np.array(["red", "green", "grey", "blue"])[np.random.default_rng(6).integers(0, 4, (ROWS, 2))]
 SENTENCES = np.array(["the cat", "a dog ran home", "cat cat dog"])[classes()]
 
+TEXT = "keras_internals.py hands Keras NumPy's text dtypes when it builds a model from a batch; Keras knows 'string'"
+
 MODELS: dict[str, Model] = {
     "losses and metrics by name": Model(regression("huber", metrics=["mae", "mse"]), X, Y),
     "losses and metrics as objects": Model(
@@ -700,8 +702,8 @@ MODELS: dict[str, Model] = {
     "several steps per execution": Model(regression(steps_per_execution=2, metrics=["mae"]), X, Y),
     "compiled with XLA": Model(regression(jit_compile=True, metrics=["mae"]), X, Y, exact=False),
     "scaled losses": Model(regression(auto_scale_loss=True), X, Y),
-    "words": Model(of_words, COLOURS, Y),
-    "sentences": Model(of_sentences, SENTENCES, Y),
+    "words": Model(of_words, COLOURS, Y, gap=TEXT),
+    "sentences": Model(of_sentences, SENTENCES, Y, gap=TEXT),
     "normalised inputs": Model(normalised, X, Y),
     "inputs of several kinds": Model(
         of_mixed_kinds, {"id": classes(9), "flag": X[:, :1] > 0, "value": X[:, :2].astype("float64")}, Y
