@@ -11,7 +11,7 @@ import keras
 
 from dtrain.collective import Collective
 from dtrain.keras_internals import is_default, profiles, recorded_assignments
-from dtrain.optimizer import optimizers_of
+from dtrain.model import optimizers_of
 from dtrain.types import Logs
 
 T = TypeVar("T")
