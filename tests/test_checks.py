@@ -21,7 +21,6 @@ WRONG: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     ((X, {"a": OK, "b": np.full((3, 2, 2), -np.inf)}), {}, r"y\['b'\] is -inf in row 40, column 0, 0"),
     ((X, np.array([0, NAN, 0], ml_dtypes.bfloat16)), {}, "y is nan in row 17"),
     ((X, OK, np.array([1, 1, NAN])), {}, "sample_weight is nan in row 5"),
-    ((X, OK, np.array([1, -0.5, 1])), {}, "sample_weight is -0.5 in row 17: weights must be 0 or more"),
     ((X, np.array([0, 3, 1])), {"num_classes": 3}, "y is 3 in row 17: the model has 3 classes, so .* 0 to 2; give"),
     ((X, np.array([1, 3, 2])), {"num_classes": 3}, "y is 3 in row 17: .* count from 0: subtract 1"),
     ((X, np.array([[0], [-1], [1]])), {"num_classes": 3}, "y is -1 in row 17, column 0"),
@@ -67,3 +66,10 @@ def test_what_a_model_may_mask_in_x_is_a_warning(caplog: pytest.LogCaptureFixtur
         check_batch((x, OK), ROWS)
     (record,) = caplog.records
     assert record.getMessage().startswith("x['image'] is nan in row 17, column 0; there are 2 such values")
+
+
+def test_weights_below_0_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "dtrain"):
+        check_batch((X, OK, np.array([1, -0.5, 1])), ROWS)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("sample_weight is -0.5 in row 17")

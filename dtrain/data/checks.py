@@ -21,9 +21,9 @@ def check_batch(
 ) -> None:
     """Refuse a batch that cannot be trained on, by the place of its first wrong value.
 
-    NaN and infinity in y and sample_weight make every weight of the model NaN in one step, and a negative
-    sample_weight makes it unlearn a row: errors. In x they are a warning in the log: some models mask them, and
-    attention masks are of minus infinity on purpose.
+    NaN and infinity in y and sample_weight make every weight of the model NaN in one step: an error. In x they are a
+    warning in the log, since some models mask them and attention masks are of minus infinity on purpose. So are
+    negative weights, which Keras takes and some fields use.
 
     Args:
         batch: (x,), (x, y) or (x, y, sample_weight), each leaf (rows, ...), as NumPy arrays.
@@ -42,10 +42,8 @@ def check_batch(
         classes = _of(path, num_classes)
         if part == "y" and classes is not None:
             _check_labels(path, leaf, rows, classes, _of(path, ignore_class))
-        if part == "sample_weight" and leaf.dtype.kind != "c":
-            _raise_at(
-                path, leaf, rows, leaf < 0, "weights must be 0 or more; give a row that is not to count the weight 0"
-            )
+        if part == "sample_weight" and leaf.dtype.kind != "c" and np.any(leaf < 0):
+            log.warning("%s; weights below 0 turn a row's loss around", _place(path, leaf, rows, leaf < 0))
 
 
 def _check_finite(path: str, part: str, leaf: Array, rows: npt.NDArray[np.int64]) -> None:
