@@ -42,19 +42,26 @@ __all__ = [
 
 def build_from_batch(model: keras.Model, batch: Any) -> None:
     """Create the variables of model, loss, metrics and optimizer from one batch, without computing anything."""
-    model._symbolic_build(data_batch=batch)
+    model._symbolic_build(data_batch=_symbolic(batch))
 
 
 def build_from_inputs(model: keras.Model, batch: Any) -> None:
     """Create the variables of model and optimizer from a batch that may have no targets; None if layers have theirs."""
     if not all(layer.built for layer in layers_of(model)):
         x, _, _ = unpack_x_y_sample_weight(batch)
-        symbolic = keras.tree.map_structure(
-            lambda leaf: keras.KerasTensor(leaf.shape, keras.backend.standardize_dtype(leaf.dtype)), x
-        )
-        compute_output_spec(model, symbolic, training=False)
+        compute_output_spec(model, _symbolic(x), training=False)
     if model.optimizer is not None and not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
+
+
+def _symbolic(batch: Any) -> Any:
+    """Shapes and dtypes of a batch, as Keras names them; what NumPy calls text has one name there."""
+
+    def of(leaf: Any) -> Any:
+        is_text = getattr(leaf.dtype, "kind", "") in "USO"
+        return keras.KerasTensor(leaf.shape, "string" if is_text else keras.backend.standardize_dtype(leaf.dtype))
+
+    return keras.tree.map_structure(lambda leaf: None if leaf is None else of(leaf), batch)
 
 
 def layers_of(model: keras.Model) -> list[keras.Layer]:

@@ -80,8 +80,7 @@ class MetricState:
         names: list[str] = []
         for metric in self._model.metrics:
             if any(variable is other for variable in metric.variables for other in assigned):
-                result = metric.result()
-                names.extend(result if isinstance(result, Mapping) else [metric.name])
+                names.extend(flat_logs({metric.name: metric.result()}))
         return names
 
     def global_logs(self, states: Sequence[Array], collective: Collective, name: str) -> dict[str, Array]:
@@ -106,6 +105,9 @@ class MetricState:
         self.assign(local)
         return {key: value.numpy() for key, value in results.items()}
 
+    def _logs(self) -> dict[str, Any]:
+        return flat_logs(self._model.get_metrics_result())
+
     def _addend(self, index: int, state: Array, collective: Collective) -> tf.Tensor:
         aggregation = self.variables[index].aggregation
         if aggregation == "mean":
@@ -117,9 +119,9 @@ class MetricState:
     def _results_of(self, states: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
         def result_of(state: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
             self.assign(state)
-            return {key: tf.cast(value, tf.float64) for key, value in self._model.get_metrics_result().items()}
+            return {key: tf.cast(value, tf.float64) for key, value in self._logs().items()}
 
-        keys = list(self._model.get_metrics_result())
+        keys = list(self._logs())
         num_steps = tf.shape(states[0])[0]
         arrays = [tf.TensorArray(tf.float64, size=num_steps) for _ in keys]
 
@@ -131,3 +133,11 @@ class MetricState:
             lambda step, _: step < num_steps, body, (tf.constant(0), arrays), parallel_iterations=1
         )
         return {key: array.stack() for key, array in zip(keys, arrays, strict=True)}
+
+
+def flat_logs(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """Logs without nesting, as Keras has them: some metrics' results, and that of all compiled ones, are dicts."""
+    flat: dict[str, Any] = {}
+    for name, value in logs.items():
+        flat.update(flat_logs(value) if isinstance(value, Mapping) else {name: value})
+    return flat

@@ -6,7 +6,7 @@ the step is plain Keras.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import keras
@@ -19,7 +19,7 @@ from dtrain.data.source import keras_batch
 from dtrain.errors import ConfigError
 from dtrain.keras_internals import recorded_assignments, seed_generators_of
 from dtrain.losses import exact_losses
-from dtrain.metrics import MetricState, shared_means
+from dtrain.metrics import MetricState, flat_logs, shared_means
 from dtrain.model import optimizers_of
 from dtrain.optimizer import Reduction, reduce, reduced_gradients
 from dtrain.types import Array, Tree
@@ -101,7 +101,7 @@ class Steps:
 
         def body(step: tf.Tensor, kept: list[Any], logs: dict[str, Any]) -> Any:
             data = tf.nest.pack_sequence_as(structure, [tensor[step] for tensor in flat])
-            returned = _flat(self._one_step(keras_batch(data), share, whole))
+            returned = flat_logs(self._one_step(keras_batch(data), share, whole))
             slot = step if keep_all else 0
             kept = [array.write(slot, value) for array, value in zip(kept, self._metrics.read(), strict=True)]
             logs = {key: array.write(step, tf.cast(returned[key], tf.float64) * share) for key, array in logs.items()}
@@ -175,7 +175,7 @@ class Steps:
         def trace(*tensors: tf.Tensor) -> None:
             data = keras_batch(tf.nest.pack_sequence_as(batch, tensors))
             with recorded_assignments() as assigned, self._over_ranks(tf.constant(1.0, tf.float64), False):
-                returned.extend(_flat(getattr(self._model, f"{self._kind}_step")(data)))
+                returned.extend(flat_logs(getattr(self._model, f"{self._kind}_step")(data)))
             updated.extend(self._metrics.updated(assigned))
 
         specs = [tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype) for leaf in flat]
@@ -183,14 +183,6 @@ class Steps:
         self.own_logs = tuple(name for name in returned if name not in updated)
         self.metric_logs = tuple(name for name in returned if name in updated)
         return True
-
-
-def _flat(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a step returned without the nesting that `{m.name: m.result() for m in self.metrics}` has, as Keras does."""
-    flat: dict[str, Any] = {}
-    for name, value in logs.items():
-        flat.update(_flat(value) if isinstance(value, Mapping) else {name: value})
-    return flat
 
 
 def concatenate(parts: Sequence[Sequence[Array]]) -> list[Array]:

@@ -315,7 +315,6 @@ class Model:
         evaluates: whether `evaluate` can be asked for.
         tolerance: of two workers.
         exact: one worker gives the bits of plain Keras.
-        gap: why it fails, if it does, for some numbers of workers.
     """
 
     make: Callable[[], keras.Model]
@@ -324,8 +323,6 @@ class Model:
     fit: dict[str, Any] = field(default_factory=dict)
     tolerance: float = TOLERANCE
     exact: bool = True
-    gap: str = ""
-    gap_for: tuple[int, ...] = (1, 2)
 
 
 def all_verbs(found: Any, model: Model) -> dict[str, Any]:
@@ -629,7 +626,6 @@ CE = "sparse_categorical_crossentropy"
 COLOURS = np.array(["red", "green", "grey", "blue"])[np.random.default_rng(6).integers(0, 4, (ROWS, 2))]
 SENTENCES = np.array(["the cat", "a dog ran home", "cat cat dog"])[classes()]
 
-TEXT = "keras_internals.py hands Keras NumPy's text dtypes when it builds a model from a batch; Keras knows 'string'"
 
 MODELS: dict[str, Model] = {
     "losses and metrics by name": Model(regression("huber", metrics=["mae", "mse"]), X, Y),
@@ -647,12 +643,7 @@ MODELS: dict[str, Model] = {
     "metrics with state": Model(
         binary(lambda: ["accuracy", "auc", keras.metrics.Precision(name="p"), Errors()]), X, classes(2).reshape(-1, 1)
     ),
-    "a metric that gives a dict": Model(
-        binary(lambda: [ErrorsAndRows()]),
-        X,
-        classes(2).reshape(-1, 1),
-        gap="metrics.py takes the result of each metric in compile for a tensor; Keras flattens dicts in the logs",
-    ),
+    "a metric that gives a dict": Model(binary(lambda: [ErrorsAndRows()]), X, classes(2).reshape(-1, 1)),
     "metrics that are arrays": Model(
         binary(lambda: [keras.metrics.F1Score(threshold=0.5)]), X, classes(2).reshape(-1, 1).astype("float32")
     ),
@@ -686,14 +677,7 @@ MODELS: dict[str, Model] = {
     "a subclass that computes its loss": Model(subclass(ComputesLoss, metrics=["mae"]), X, Y),
     "a subclass that computes its metrics": Model(subclass(ComputesMetrics, metrics=["mae"]), X, Y),
     "a subclass with steps of its own": Model(subclass(OwnSteps), X, Y),
-    "a subclass whose test_step tells some of its metrics": Model(
-        subclass(TellsSome),
-        X,
-        Y,
-        gap="step.py takes what test_step returns for tensors of its own, to be averaged over ranks, unless it returns"
-        " all metrics: a mean of means",
-        gap_for=(2,),
-    ),
+    "a subclass whose test_step tells some of its metrics": Model(subclass(TellsSome), X, Y),
     "a model built by its first batch": Model(built_late, X.reshape(ROWS, 2, 2), Y),
     "frozen layers": Model(partly_frozen, X, Y),
     "nothing to train": Model(without_weights, X, numbers(4, seed=3)),
@@ -702,8 +686,8 @@ MODELS: dict[str, Model] = {
     "several steps per execution": Model(regression(steps_per_execution=2, metrics=["mae"]), X, Y),
     "compiled with XLA": Model(regression(jit_compile=True, metrics=["mae"]), X, Y, exact=False),
     "scaled losses": Model(regression(auto_scale_loss=True), X, Y),
-    "words": Model(of_words, COLOURS, Y, gap=TEXT),
-    "sentences": Model(of_sentences, SENTENCES, Y, gap=TEXT),
+    "words": Model(of_words, COLOURS, Y),
+    "sentences": Model(of_sentences, SENTENCES, Y),
     "normalised inputs": Model(normalised, X, Y),
     "inputs of several kinds": Model(
         of_mixed_kinds, {"id": classes(9), "flag": X[:, :1] > 0, "value": X[:, :2].astype("float64")}, Y
@@ -731,12 +715,8 @@ def done(ranks: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_does_all_verbs(
-    workers: dtrain.Trainer, done: dict[str, Any], name: str, request: pytest.FixtureRequest
-) -> None:
+def test_a_model_does_all_verbs(workers: dtrain.Trainer, done: dict[str, Any], name: str) -> None:
     model = MODELS[name]
-    if model.gap and workers.num_workers in model.gap_for:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=model.gap))
     assert not isinstance(done[name], str), f"Keras itself refuses: {done[name]}"
     found = all_verbs(use(workers, fresh(model.make)), model)
     exact = workers.num_workers == 1 and model.exact

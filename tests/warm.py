@@ -11,6 +11,7 @@ import numpy as np
 
 import dtrain
 from dtrain import arguments
+from dtrain.weights import Weights
 
 
 def fresh(factory: Callable[[], Any]) -> Callable[[], Any]:
@@ -31,8 +32,7 @@ def use(trainer: dtrain.Trainer, model_fn: Callable[[], Any]) -> dtrain.Trainer:
     """The same workers with a new model each."""
     pickled = arguments.pickled_model_fn(model_fn, None)
     trainer.model_fn, trainer._pickled_model_fn = model_fn, pickled
-    trainer._model = trainer._example = trainer._pending = None
-    trainer._model_is_current = trainer._weights_are_lost = False
+    trainer._weights = Weights(model_fn, None)
     group = trainer._group
     if group is not None and not group.closed:
         group.description, group.has_loss = None, False
