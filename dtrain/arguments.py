@@ -9,17 +9,21 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import cloudpickle
 
 from dtrain.callback_state import Hooks, without_models
-from dtrain.data.sampler import Sampler, default_batch_size
-from dtrain.data.source import ArraySource, Blocked, ClassWeights, DataSource, train_validation_split
+from dtrain.data.given import Deferred, Given, batch_plan, is_function, kind_of_batches
+from dtrain.data.source import ArraySource, ClassWeights, DataSource, train_validation_split
+from dtrain.data.stream import Batches, read_at_once
+from dtrain.driver_tensorflow import import_tensorflow
 from dtrain.errors import ConfigError, DataError
-from dtrain.types import BatchPlan, FitPlan, Tree
+from dtrain.types import Batching, BatchPlan, FitPlan, Tree
 
+READ_HERE_BYTES = 512 << 20
+"""A tf.data.Dataset of at most so many bytes is read in the driver."""
 PLACEMENT_STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
@@ -28,8 +32,8 @@ class FitArguments:
     """A fit as the user asked for it: the plan, and the data that it is of."""
 
     plan: FitPlan
-    train: DataSource
-    validation: DataSource | None
+    train: Given
+    validation: Given | None
 
 
 def whole_number(name: str, value: Any, at_least: int) -> int:
@@ -180,6 +184,41 @@ def _is_keras(value: Any, name: str, subclasses: bool = True) -> bool:
     return any(kind.__name__ == name and kind.__module__.split(".")[0] == "keras" for kind in classes)
 
 
+def data_of(
+    x: Any,
+    y: Tree = None,
+    sample_weight: Tree = None,
+    class_weight: Mapping[int, float] | None = None,
+    *,
+    name: str = "x",
+) -> Given:
+    """What goes to the workers for the user's `x`, `y` and weights. A small tf.data.Dataset is read here.
+
+    Raises:
+        ConfigError: it cannot travel.
+        DataError: it is no data, or cannot be trained on, or must be made on the workers.
+    """
+    kind = kind_of_batches(x) or ("function" if is_function(x) else None)
+    if kind is None:
+        return source_of(x, y, sample_weight, class_weight, name=name)
+    if kind == "generator":
+        made_by = getattr(getattr(x, "gi_code", None), "co_name", "")
+        call = f"pass {made_by} instead of {made_by}()" if made_by.isidentifier() else "pass a function that returns it"
+        raise DataError(
+            f"{name} is a {type(x).__name__}, which cannot travel to the workers; {call}, and each makes its own"
+        )
+    for other, value in (("y", y), ("sample_weight", sample_weight)):
+        if value is not None:
+            raise DataError(f"{other} must not be given when {name} is a {kind}, which brings its own")
+    if class_weight is not None and kind not in ("function", "tf.data.Dataset", "PyDataset"):
+        raise DataError(f"class_weight must not be given when {name} is a {kind}; let it bring sample weights instead")
+    if kind == "tf.data.Dataset":
+        return _read_here(x, class_weight, name)
+    if kind == "function":
+        _check_call(name, x)
+    return Deferred(name, kind, pickled(name, x), class_weight)
+
+
 def source_of(
     x: Any,
     y: Tree = None,
@@ -201,12 +240,11 @@ def source_of(
             raise DataError(f"{name} has no rows; check what it was made from")
         return x if class_weight is None else ClassWeights(x, class_weight)
     if x is None:
-        raise DataError(f"{name}=None: there is nothing to read; pass arrays or a dtrain.data source")
-    if callable(x) or hasattr(x, "__next__") or type(x).__module__.startswith(("tensorflow", "keras", "torch")):
         raise DataError(
-            f"{name} is a {type(x).__module__}.{type(x).__name__}, which cannot be read by rows yet;"
-            " pass NumPy arrays (or dicts and lists of them), or a dtrain.data source"
+            f"{name}=None: there is nothing to read; pass arrays, a dtrain.data source, or a function that returns data"
         )
+    if kind_of_batches(x) or is_function(x):
+        raise DataError(f"{name} is a {type(x).__module__}.{type(x).__name__}; one mini-batch must be arrays")
     return ArraySource(x, y, sample_weight, class_weight=class_weight)
 
 
@@ -240,22 +278,30 @@ def fit_arguments(
     if not isinstance(validation_freq, Sequence):
         validation_freq = whole_number("validation_freq", validation_freq, 1)
     if validation_split and validation_data is None:
-        if isinstance(x, DataSource):
+        if isinstance(x, DataSource) or kind_of_batches(x) or is_function(x):
             raise DataError(
-                f"validation_split={validation_split!r} needs arrays; with a data source pass validation_data"
+                f"validation_split={validation_split!r} needs arrays; with a {_kind_of(x)} pass validation_data"
             )
         (x, y, sample_weight), validation_data = train_validation_split(x, y, sample_weight, validation_split)
-    train = source_of(x, y, sample_weight, class_weight)
-    plan = batch_plan(train, batch_size, steps_per_epoch, "steps_per_epoch", shuffle, seed)
-    validation, validation_plan = None, None
+    train = data_of(x, y, sample_weight, class_weight)
+    plan = plan_of(train, batch_size, steps_per_epoch, "steps_per_epoch", shuffle, seed)
+    validation: Given | None = None
+    validation_plan: BatchPlan | Batching | None = None
     if validation_data is not None:
         parts = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
         if not 1 <= len(parts) <= 3:
             raise DataError(f"validation_data has {len(parts)} parts; it must be (x, y) or (x, y, sample_weight)")
         val_x, val_y, val_weight = (*parts, None, None)[:3]
-        validation = source_of(val_x, val_y, val_weight, name="validation_data")
-        size = validation_batch_size if validation_batch_size is not None else plan.batch_size
-        validation_plan = batch_plan(validation, size, validation_steps, "validation_steps", in_any_order=True)
+        validation = data_of(val_x, val_y, val_weight, name="validation_data")
+        validation_plan = plan_of(
+            validation,
+            validation_batch_size,
+            validation_steps,
+            "validation_steps",
+            in_any_order=True,
+            usual_batch_size=plan.batch_size,
+            size_name="validation_batch_size",
+        )
     return FitArguments(
         FitPlan(
             train=plan,
@@ -270,16 +316,19 @@ def fit_arguments(
     )
 
 
-def batch_plan(
-    source: DataSource,
+def plan_of(
+    data: Given,
     batch_size: int | None,
     steps: int | None,
     steps_name: str,
     shuffle: bool | str = False,
     seed: tuple[int, ...] = (0,),
+    *,
     in_any_order: bool = False,
-) -> BatchPlan:
-    """The plan of one pass or epoch over `source`, with Keras's defaults.
+    usual_batch_size: int | None = None,
+    size_name: str = "batch_size",
+) -> BatchPlan | Batching:
+    """How one pass or epoch over `data` is cut into mini-batches: a plan where the number of rows is known here.
 
     Args:
         source: the data set.
@@ -291,18 +340,61 @@ def batch_plan(
         in_any_order: a whole pass may take the rows in the order in which each worker reads fewest blocks.
 
     Raises:
-        ConfigError: a number makes no sense.
+        ConfigError: a number makes no sense, or the data bring batches of their own.
     """
     if steps is not None:
-        whole_number(steps_name, steps, 1)
-    if batch_size is None:
-        batch_size = default_batch_size(len(source), steps)
-    whole_number("batch_size", batch_size, 1)
-    plan = BatchPlan(len(source), int(batch_size), steps, shuffle, seed)
-    if isinstance(source, Blocked) and (shuffle in (True, 1) or (in_any_order and steps is None)):
-        plan = replace(plan, blocks=source.blocks, lanes=source.lanes)
-    Sampler(plan)  # checks the rest
-    return plan
+        steps = whole_number(steps_name, steps, 1)
+    if batch_size is not None:
+        if isinstance(data, Batches) or (isinstance(data, Deferred) and data.kind != "function"):
+            raise ConfigError(
+                f"{size_name}={batch_size!r} must not be given where {data.name} brings batches of its own: what it"
+                " brings is the mini-batch of the whole job"
+            )
+        batch_size = whole_number(size_name, batch_size, 1)
+    if shuffle not in (True, False, "batch"):
+        raise ConfigError(f"shuffle={shuffle!r} must be True, False or 'batch'")
+    batching = Batching(batch_size, steps, shuffle, seed, usual_batch_size, in_any_order)
+    return batch_plan(data, batching) if isinstance(data, DataSource) else batching
+
+
+def _read_here(dataset: Any, class_weight: Mapping[int, float] | None, name: str) -> Batches:
+    """Read a tf.data.Dataset into memory."""
+    import_tensorflow()
+    from dtrain.keras_internals import KerasInput
+
+    is_endless = int(dataset.cardinality()) == _INFINITE
+    source = KerasInput(dataset, class_weight=class_weight)
+    batches = None if is_endless else read_at_once(source, READ_HERE_BYTES, name)
+    if batches is None:
+        size = "has no end" if is_endless else f"has more than {READ_HERE_BYTES >> 20} MB"
+        raise DataError(
+            f"{name} is a tf.data.Dataset that {size}, too large to be read here and sent to the workers; pass a"
+            " function that makes it, and each worker reads its own:\n\n"
+            "    def make_dataset():\n        return tf.data. ...\n\n    trainer.fit(make_dataset, ...)"
+        )
+    if not batches.content:
+        raise DataError(f"{name} has no batches; check what it was made from")
+    return batches
+
+
+_INFINITE = -1
+"""What a tf.data.Dataset without end says its cardinality is."""
+
+
+def _check_call(name: str, function: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ConfigError(
+            f"{name}={_short(function)} is called without arguments, which does not fit ({error}); close over what it"
+            " needs, or use functools.partial"
+        ) from None
+    except ValueError:
+        pass  # a callable without a signature, written in C
+
+
+def _kind_of(x: Any) -> str:
+    return "data source" if isinstance(x, DataSource) else kind_of_batches(x) or "function"
 
 
 def _short(value: Any) -> str:

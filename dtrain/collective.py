@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
+from dtrain.errors import LostPeer
 from dtrain.types import Array, Membership
 
 
@@ -193,9 +194,10 @@ def horovod_environment(membership: Membership, rendezvous: str, interface: str,
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error of TensorFlow's says that the group broke, rather than that this rank went wrong."""
+    """Whether an error says that the group broke or another rank failed, rather than that this rank went wrong."""
     text = str(error)
-    return isinstance(error, tf.errors.OpError) and ("Horovod" in text or "horovod" in text)
+    is_broken = isinstance(error, tf.errors.OpError) and ("Horovod" in text or "horovod" in text)
+    return is_broken or isinstance(error, LostPeer)
 
 
 def _as_bytes(array: Array) -> Array:

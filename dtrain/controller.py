@@ -15,7 +15,7 @@ from dtrain.config import CheckpointConfig
 from dtrain.data.sampler import Sampler
 from dtrain.policy import checkpoint_is_due, is_better, next_segment_steps
 from dtrain.tracking import Tracker
-from dtrain.types import BatchPlan, EpochEnd, FitPlan, Logs, Position, Segment, SegmentResult
+from dtrain.types import Batching, BatchPlan, EpochEnd, FitPlan, Logs, Position, Segment, SegmentResult
 from dtrain.worker_group import LAST_PROGRESS_SECONDS, PROGRESS_SECONDS, WorkerGroup
 
 
@@ -27,6 +27,8 @@ class Display(Protocol):
     def update(self, step: int, logs: Logs, samples_per_second: float | None = None) -> None: ...
 
     def end_epoch(self, epoch: int, logs: Logs, seconds: float | None = None) -> None: ...
+
+    def expect(self, steps_per_epoch: int | None) -> None: ...
 
     def status(self, message: str) -> None: ...
 
@@ -49,6 +51,7 @@ class FitRecord:
 
     steps: int = 0
     rows: int = 0
+    steps_per_epoch: int | None = None  # found out by reading, where nobody knew it before
     position: Position = field(default_factory=lambda: Position(0, 0))
     history: dict[str, list[float]] = field(default_factory=dict)
     epochs: list[int] = field(default_factory=list)
@@ -73,24 +76,24 @@ class Controller:
         self._newest: SegmentResult | None = None
 
     def fit(
-        self, plan: FitPlan, train: Any, validation: Any, callbacks: bytes, saving: Saving | None, record: FitRecord
+        self, plan: FitPlan, steps: BatchPlan | int | None, callbacks: bytes, saving: Saving | None, record: FitRecord
     ) -> None:
         """Train until the plan's epochs are done or a callback stops it; `record` is filled as it goes.
 
         Args:
-            plan: what to train.
-            train: reference to the data source.
-            validation: reference to the validation source, or None.
+            plan: what to train. The workers have opened the data.
+            steps: what the steps of epochs are counted with, or how many an epoch has at most; None: nobody knows.
             callbacks: the user's callbacks, pickled.
             saving: how to make checkpoints; None: none.
             record: starts empty.
         """
-        sampler = Sampler(plan.train, plan.initial_epoch)
+        sampler = Sampler(steps, plan.initial_epoch) if isinstance(steps, BatchPlan) else None
         record.position = Position(plan.initial_epoch, 0)
-        self._group.call("begin_fit", plan, train, validation, callbacks, watch=self._watch)
+        self._group.call("begin_fit", plan, callbacks, watch=self._watch)
         ended: SegmentResult | None = None
         for epoch in range(plan.initial_epoch, plan.epochs):
-            ended = self._run_epoch(epoch, sampler, record)
+            num_steps = steps if isinstance(steps, int) else sampler.steps_in_epoch(epoch) if sampler else None
+            ended = self._run_epoch(epoch, num_steps, record)
             is_last = ended.stop or epoch + 1 == plan.epochs
             if is_last:
                 break
@@ -103,18 +106,20 @@ class Controller:
         if saving is not None and ended is not None and ended.epoch_end:
             self._save(saving, ended.epoch_end, record)
 
-    def run_pass(self, task: str, plan: BatchPlan, source: Any, callbacks: bytes) -> list[Any]:
-        """Run `evaluate` or `predict` on all workers; what each returned."""
+    def run_pass(self, task: str, plan: BatchPlan | Batching, callbacks: bytes) -> list[Any]:
+        """Run `evaluate` or `predict` on all workers, which have opened the data; what each returned."""
         self._shown = (task, 0)
         self._display.begin_epoch(0)
-        results = self._group.call(task, plan, source, callbacks, watch=self._watch)
+        results = self._group.call(task, plan, callbacks, watch=self._watch)
         self._watch(True)
         self._display.end_epoch(0, results[0] if task == "evaluate" else {})
         return results
 
-    def _run_epoch(self, epoch: int, sampler: Sampler, record: FitRecord) -> SegmentResult:
-        """Send the epoch's segments, one ahead of the one that runs, and take in what comes back."""
-        num_steps = sampler.steps_in_epoch(epoch)
+    def _run_epoch(self, epoch: int, num_steps: int | None, record: FitRecord) -> SegmentResult:
+        """Send the epoch's segments, one ahead of the one that runs, and take in what comes back.
+
+        The epoch has ended when a result says so: the data may have fewer steps than `num_steps`.
+        """
         self._shown = ("train", epoch)
         self._display.begin_epoch(epoch)
         started = self._clock()
@@ -122,8 +127,8 @@ class Controller:
         step = 0
         while True:
             # Nothing is sent ahead before anything is measured, or into the next epoch: a callback may stop there.
-            while step < num_steps and len(sent) < (2 if self._newest else 1):
-                segment = self._next_segment(Position(epoch, step), num_steps - step)
+            while (num_steps is None or step < num_steps) and len(sent) < (2 if self._newest else 1):
+                segment = self._next_segment(Position(epoch, step), None if num_steps is None else num_steps - step)
                 sent.append((segment, self._group.submit("run", segment)))
                 step += segment.num_steps
             segment, calls = sent.pop(0)
@@ -131,22 +136,26 @@ class Controller:
             self._take_in(segment, result, record)
             if result.epoch_end or result.stop:
                 break
-        for _, calls in sent:  # sent before a callback stopped the epoch: the workers pass over it
+        for _, calls in sent:  # sent before a callback or the data ended the epoch: the workers pass over it
             self._group.wait(calls, self._watch)
         seconds = self._clock() - started
         if result.epoch_end:
             self._end_epoch(result.epoch_end, seconds, record)
+            if num_steps is None and not result.stop:
+                record.steps_per_epoch = segment.position.step + result.num_steps
+                self._display.expect(record.steps_per_epoch)
         return result
 
-    def _next_segment(self, position: Position, remaining: int) -> Segment:
+    def _next_segment(self, position: Position, remaining: int | None) -> Segment:
         newest = self._newest
         pace = newest.seconds / newest.num_steps if newest else None
         return Segment(position, next_segment_steps(pace, newest.num_steps if newest else 0, remaining))
 
     def _take_in(self, segment: Segment, result: SegmentResult, record: FitRecord) -> None:
-        rate = self._rate = result.rows / result.seconds if result.seconds else None
+        rate = None
         if result.num_steps:
             self._newest = result
+            rate = self._rate = result.rows / result.seconds if result.seconds else None
         record.steps += result.num_steps
         self._tracker.log_steps(record.steps - _length(result.step_logs), result.step_logs, result.seconds)
         record.rows += result.rows

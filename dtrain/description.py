@@ -13,9 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dtrain.data.source import ClassWeights, DataSource, describe
+from dtrain.data.sampler import Sampler
+from dtrain.data.source import ClassWeights, DataSource, describe, leaves
 from dtrain.tracking import DatasetDescription, RunDescription
-from dtrain.types import FitPlan, ModelDescription
+from dtrain.types import Batching, BatchPlan, FitPlan, ModelDescription, Opened
 
 RECORDED_VERSIONS = ("dtrain", "tensorflow", "keras", "horovod", "ray", "mlflow", "numpy")
 
@@ -34,7 +35,8 @@ def versions() -> dict[str, str]:
 def describe_run(
     run_name: str,
     plan: FitPlan,
-    data: Mapping[str, DataSource | None],
+    data: Mapping[str, Any],
+    opened: Mapping[str, Opened],
     model: ModelDescription | None,
     settings: Mapping[str, Any],
     config: Mapping[str, Any] | None,
@@ -45,24 +47,26 @@ def describe_run(
     Args:
         run_name: of this fit.
         plan: what is trained.
-        data: sources by context: "train", "validation".
+        data: what was passed, by context: "train", "validation".
+        opened: what the workers found it to be, if they got so far.
         model: as a worker described it; None if no worker got so far.
         settings: of the Trainer.
         config: what the user's factory is given.
         ray_address: of the cluster.
     """
+    train = opened.get("train") or _expected(plan.train)
     params: dict[str, Any] = {
-        "batch_size": plan.train.batch_size,
+        "batch_size": train.batch_size,
         "epochs": plan.epochs,
         "initial_epoch": plan.initial_epoch,
-        "steps_per_epoch": plan.train.steps_per_epoch or -(-plan.train.num_rows // plan.train.batch_size),
+        "steps_per_epoch": train.steps_per_epoch,
         "shuffle": plan.train.shuffle,
-        "train_rows": plan.train.num_rows,
+        "train_rows": train.rows,
         **settings,
         "versions": versions(),
     }
     if plan.validation is not None:
-        params["validation_rows"] = plan.validation.num_rows
+        params["validation_rows"] = (opened.get("validation") or _expected(plan.validation)).rows
     if model is not None:
         params |= {
             "optimizer": model.optimizer,
@@ -76,16 +80,37 @@ def describe_run(
     if config:
         params["config"] = dict(config)
     tags = environment_tags(sys.argv[0] or None) | {"ray.address": ray_address}
-    datasets = [_describe_data(context, source) for context, source in data.items() if source is not None]
+    datasets = [
+        _describe_data(context, given, opened.get(context)) for context, given in data.items() if given is not None
+    ]
     return RunDescription(run_name, params, tags, datasets, model.summary if model is not None else "")
 
 
-def _describe_data(context: str, source: DataSource) -> DatasetDescription:
-    found = describe(source)
-    source = source.source if isinstance(source, ClassWeights) else source
-    name = type(source).__name__.removesuffix("Source").lower().replace("array", "arrays")
-    # MLflow shows name and digest as one: as many digits as its own digests have.
-    return DatasetDescription(name, context, found.shapes, found.dtypes, found.num_rows, found.digest[:8])
+def _expected(plan: BatchPlan | Batching) -> Opened:
+    """What is known of data before they are open."""
+    if isinstance(plan, Batching):
+        return Opened("", None, None, steps_per_epoch=plan.steps)
+    return Opened("", None, plan, plan.num_rows, plan.batch_size, Sampler(plan).steps_per_epoch)
+
+
+def _describe_data(context: str, given: Any, opened: Opened | None) -> DatasetDescription:
+    if isinstance(given, DataSource):
+        found = describe(given)
+        given = given.source if isinstance(given, ClassWeights) else given
+        name = _name_of(type(given).__name__)
+        # MLflow shows name and digest as one: as many digits as its own digests have.
+        return DatasetDescription(name, context, found.shapes, found.dtypes, found.num_rows, found.digest[:8])
+    if opened is None:
+        return DatasetDescription(getattr(given, "kind", "batches"), context)
+    # Data that the workers made, or that come in batches: described by the first of them, and never read for it.
+    first = dict(leaves(opened.example))
+    shapes = {path: leaf.shape[1:] for path, leaf in first.items()}
+    dtypes = {path: leaf.dtype.name for path, leaf in first.items()}
+    return DatasetDescription(_name_of(opened.kind), context, shapes, dtypes, opened.rows)
+
+
+def _name_of(kind: str) -> str:
+    return kind.removesuffix("Source").lower().replace("array", "arrays") if kind.endswith("Source") else kind
 
 
 def environment_tags(script: str | None) -> dict[str, str]:

@@ -5,7 +5,8 @@
     ├── DataError         the data cannot be used as given (also a ValueError)
     ├── WorkerError       a worker died or raised; carries rank, host and the remote traceback
     ├── CheckpointError   a checkpoint is missing, damaged or of another model
-    └── TrackingError     MLflow refused what it was asked
+    ├── TrackingError     MLflow refused what it was asked
+    └── LostPeer          a rank cannot go on because another failed, which tells why; users see the other's error
 
 A message names the argument, the value, the rule and the fix. All of them survive pickling.
 """
@@ -29,6 +30,10 @@ class CheckpointError(DtrainError):
 
 class TrackingError(DtrainError):
     """MLflow refused what it was asked."""
+
+
+class LostPeer(DtrainError):
+    """This rank cannot go on because another one failed."""
 
 
 class WorkerError(DtrainError):

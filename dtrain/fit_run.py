@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dtrain import cluster
 from dtrain.arguments import FitArguments, pickled_hooks
 from dtrain.callback_state import import_state
@@ -19,7 +17,7 @@ from dtrain.history import History
 from dtrain.progress import ProgressBar
 from dtrain.runs import RunFolder
 from dtrain.tracking import MLflowTracker, NullTracker, Status, Tracker
-from dtrain.types import ModelDescription
+from dtrain.types import ModelDescription, Opened
 
 if TYPE_CHECKING:
     from dtrain.trainer import Trainer
@@ -47,9 +45,8 @@ class FitRun:
         self._name = name
         self._record = FitRecord()
         self._model: ModelDescription | None = None
-        train = wanted.plan.train
-        self._steps = train.steps_per_epoch or -(-train.num_rows // train.batch_size)
-        self._display = ProgressBar(verbose, wanted.plan.epochs, self._steps, trainer.num_workers)
+        self._opened: dict[str, Opened] = {}
+        self._display = ProgressBar(verbose, wanted.plan.epochs, workers=trainer.num_workers)
         self._folder: RunFolder | None = None
         self._tracker: Tracker = NullTracker()
         if trainer.tracking is not None or trainer.checkpoint is not None:
@@ -68,14 +65,22 @@ class FitRun:
         """Train, and put everything on record."""
         wanted = self._wanted
         with self._display, self._recorded():
-            group = self._trainer.start(wanted.train, self._display, self._name)
+            plan, trainer = wanted.plan, self._trainer
+            group, opened = trainer.start(
+                wanted.train, plan.train, self._display, "train", plan.initial_epoch, self._name
+            )
+            self._opened["train"] = opened
+            if wanted.validation is not None:
+                assert plan.validation is not None
+                _, found = trainer.start(wanted.validation, plan.validation, self._display, "validation")
+                self._opened["validation"] = found
+            self._display.expect(opened.steps_per_epoch)
             self._model = group.description
             self._announce()
-            self._trainer.weights_change()
+            trainer.weights_change()
             Controller(group, self._tracker, self._display).fit(
-                wanted.plan,
-                cluster.put(wanted.train),
-                cluster.put(wanted.validation),
+                plan,
+                opened.plan or opened.steps_per_epoch,
                 pickled_hooks(callbacks, self._verbose),
                 self._saving(),
                 self._record,
@@ -132,7 +137,9 @@ class FitRun:
         }
         data = {"train": wanted.train, "validation": wanted.validation}
         address = cluster.address() or "local"
-        self._tracker.start(describe_run(self._name, wanted.plan, data, self._model, settings, trainer.config, address))
+        self._tracker.start(
+            describe_run(self._name, wanted.plan, data, self._opened, self._model, settings, trainer.config, address)
+        )
 
     def _saving(self) -> Saving | None:
         if self._trainer.checkpoint is None or self._folder is None or self._model is None:
@@ -159,7 +166,7 @@ class FitRun:
         if tracking is not None and tracking.log_model:
             self._display.status("logging the model")
             model = self._trainer.model
-            batch = keras_batch(self._wanted.train.read(np.arange(min(2, len(self._wanted.train)), dtype=np.int64)))
+            batch = keras_batch(self._opened["train"].example)
             inputs = batch[0] if isinstance(batch, tuple) else batch
             self._tracker.log_model(model, inputs, model.predict_on_batch(inputs))
 
@@ -168,13 +175,17 @@ class FitRun:
         return History(
             history=record.history,
             epoch=record.epochs,
-            params={"verbose": self._verbose, "epochs": self._wanted.plan.epochs, "steps": self._steps},
+            params={"verbose": self._verbose, "epochs": self._wanted.plan.epochs, "steps": self._steps_per_epoch()},
             run_id=self._tracker.run_id,
             checkpoint=record.checkpoint.url if record.checkpoint else None,
             run_name=self._name,
             url=self._folder.url if self._folder is not None else None,
             open_command=self._tracker.open_command(),
         )
+
+    def _steps_per_epoch(self) -> int | None:
+        opened = self._opened.get("train")
+        return (opened.steps_per_epoch if opened else None) or self._record.steps_per_epoch
 
     def _write_info(self, state: str) -> None:
         if self._folder is None:

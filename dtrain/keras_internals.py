@@ -4,7 +4,9 @@ tests/test_keras_internals.py says what each of them must do.
 """
 
 import contextlib
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -16,10 +18,17 @@ from keras.src.backend.tensorflow import nn as backend_nn
 from keras.src.losses import loss as loss_module
 from keras.src.metrics.reduction_metrics import Mean
 from keras.src.random import seed_generator as seed_module
+from keras.src.trainers.data_adapters import get_data_adapter
 from keras.src.trainers.data_adapters.data_adapter_utils import unpack_x_y_sample_weight
+from keras.src.trainers.data_adapters.generator_data_adapter import GeneratorDataAdapter
+from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 from keras.src.utils import is_default
 
+from dtrain.errors import DataError
+from dtrain.types import Tree
+
 __all__ = [
+    "KerasInput",
     "Mean",
     "accumulators_of",
     "backend_nn",
@@ -123,3 +132,106 @@ def recorded_assignments() -> Iterator[list[Any]]:
 
     with patch.object(Variable, "assign", assign):
         yield assigned
+
+
+class KerasInput:
+    """What Keras takes as data in batches, read as Keras reads it: by its own adapter (a `dtrain.data.stream.Input`).
+
+    Args:
+        data: a tf.data.Dataset, keras.utils.PyDataset, generator, torch DataLoader or grain data set.
+        make: makes it anew; None: it cannot be, and is only read once.
+        class_weight: weights by class number, turned into sample weights.
+        order: for a PyDataset whose batches are shuffled: the order of the batches, by the number of the pass and how
+            many there are.
+
+    Raises:
+        DataError: Keras does not take it.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        make: Callable[[], Any] | None = None,
+        class_weight: Mapping[int, float] | None = None,
+        order: Callable[[int, int], Any] | None = None,
+    ) -> None:
+        self._make = make
+        self._class_weight = class_weight
+        self._order = order
+        self._take(data)
+
+    @property
+    def num_batches(self) -> int | None:
+        number: int | None = self._adapter.num_batches
+        return number
+
+    def open(self) -> None:
+        assert self._make is not None
+        self._take(self._make())
+
+    def begin_pass(self, number: int) -> None:
+        if isinstance(self._adapter, GeneratorDataAdapter) and number > 0:
+            self.open()
+        if isinstance(self._data, _Reordered) and self._order is not None:
+            self._data.order = self._order(number, self._data.num_batches)
+
+    def batches(self) -> Iterable[Tree]:
+        found: Iterable[Tree] = self._adapter.get_numpy_iterator()
+        return found
+
+    def end_pass(self) -> None:
+        # Keras makes one more iterator then and throws it away; what is shuffled anew for each iterator feels that.
+        if isinstance(self._adapter, TFDatasetAdapter):
+            iter(self._adapter.get_tf_dataset())
+
+    def on_epoch_begin(self) -> None:
+        self._adapter.on_epoch_begin()
+
+    def on_epoch_end(self) -> None:
+        self._adapter.on_epoch_end()
+
+    def _take(self, data: Any) -> None:
+        if isinstance(data, keras.utils.PyDataset) and self._order is not None and data.num_batches is not None:
+            data = _Reordered(data)
+        if any(type(spec).__name__ == "RaggedTensorSpec" for spec in keras.tree.flatten(_spec_of(data))):
+            raise DataError("ragged tensors cannot be cut by rows here; pad them: dataset.padded_batch(32)")
+        self._data = data
+        try:
+            self._adapter = get_data_adapter(data, class_weight=self._class_weight)
+        except ValueError as error:
+            if _was_raised_by_keras(error):
+                raise DataError(str(error)) from error
+            raise
+
+
+def _spec_of(data: Any) -> Any:
+    return getattr(data, "element_spec", None)
+
+
+def _was_raised_by_keras(error: Exception) -> bool:
+    """Whether Keras itself raised it, and not what it called."""
+    *_, last = traceback.walk_tb(error.__traceback__)
+    return Path(keras.__file__).parent in Path(last[0].f_code.co_filename).parents
+
+
+class _Reordered(keras.utils.PyDataset):  # type: ignore[misc]
+    """A PyDataset with its batches in another order: Keras's own shuffling draws from a generator of the process."""
+
+    def __init__(self, dataset: Any) -> None:
+        super().__init__(dataset.workers, dataset.use_multiprocessing, dataset.max_queue_size)
+        self._dataset = dataset
+        self.order = range(dataset.num_batches)
+
+    @property
+    def num_batches(self) -> int:
+        number: int = self._dataset.num_batches
+        return number
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset[self.order[index]]
+
+    def on_epoch_begin(self) -> None:
+        self._dataset.on_epoch_begin()
+
+    def on_epoch_end(self) -> None:
+        self._dataset.on_epoch_end()

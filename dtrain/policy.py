@@ -1,6 +1,7 @@
 """Owns decisions that need no one to be asked: pure functions of what was measured and what was asked for."""
 
 import math
+import sys
 from collections.abc import Mapping
 
 from dtrain.config import CheckpointConfig
@@ -11,14 +12,16 @@ FIRST_STEPS = 1
 """The first segment traces the step: the user sees it end as soon as can be."""
 
 
-def next_segment_steps(seconds_per_step: float | None, previous: int, remaining: int) -> int:
+def next_segment_steps(seconds_per_step: float | None, previous: int, remaining: int | None) -> int:
     """How many steps the next segment has.
 
     Args:
         seconds_per_step: of the segment before; None: nothing was measured yet.
         previous: how many steps that one had.
-        remaining: steps left in the epoch, 1 or more.
+        remaining: steps left in the epoch, 1 or more; None: unknown.
     """
+    if remaining is None:
+        remaining = sys.maxsize
     if seconds_per_step is None:
         return min(FIRST_STEPS, remaining)
     wanted = max(1, int(SEGMENT_SECONDS / max(seconds_per_step, 1e-6)))

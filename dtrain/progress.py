@@ -73,6 +73,10 @@ class ProgressBar:
         self._message = message
         self._refresh()
 
+    def expect(self, steps_per_epoch: int | None) -> None:
+        """Says how many steps an epoch has, once the data are open; None: unknown."""
+        self._steps = steps_per_epoch
+
     def begin_epoch(self, epoch: int, step: int = 0) -> None:
         """Starts the bar of an epoch, counted from 0; `step` is where a resumed epoch goes on."""
         self._begin(epoch, step)

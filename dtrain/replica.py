@@ -16,10 +16,13 @@ import tensorflow as tf
 from dtrain.batch_norm import synchronize
 from dtrain.callbacks import RankCallbacks
 from dtrain.collective import Collective
-from dtrain.data.loader import Chunk, Loader
-from dtrain.data.sampler import Sampler, even_split, shard
-from dtrain.data.source import ArraySource, DataSource, Rows, keras_batch, map_tree
+from dtrain.data.given import Given
+from dtrain.data.loader import Chunk, Feed, Loader
+from dtrain.data.sampler import even_split, shard
+from dtrain.data.source import ArraySource, Rows, keras_batch, leaves, map_tree
+from dtrain.data.stream import StreamLoader
 from dtrain.errors import ConfigError
+from dtrain.feeds import OpenFeed, open_feed, to_tensors
 from dtrain.metrics import MetricState, sum_in_rank_order
 from dtrain.model import (
     State,
@@ -36,12 +39,15 @@ from dtrain.optimizer import collect_accumulated, drop_accumulated
 from dtrain.step import Kind, Steps, concatenate
 from dtrain.types import (
     Array,
+    Batching,
     BatchPlan,
     EpochEnd,
     FitPlan,
     Logs,
     Position,
+    Predictions,
     Progress,
+    Purpose,
     Segment,
     SegmentResult,
     Tree,
@@ -58,13 +64,16 @@ class _Fit:
     """A fit in progress on this rank."""
 
     plan: FitPlan
-    loader: Loader
-    validation: DataSource | None
+    feed: Feed
+    validation: Feed | None
     callbacks: RankCallbacks
     batch_bytes: int
+    epoch: int
+    """The epoch that is running, or comes next."""
     logs: Logs = field(default_factory=dict)
     epoch_logs: Logs = field(default_factory=dict)
     stopped: bool = False
+    has_warned: bool = False
 
 
 class Replica:
@@ -93,16 +102,22 @@ class Replica:
 
     # --- state
 
-    def build(self, batch: Tree, with_loss: bool = True) -> None:
+    def build(self, batch: Tree, with_loss: bool = True) -> bool:
         """Create all variables from a batch, check that the ranks made the same model, take over rank 0's state.
 
         Args:
             batch: (x,), (x, y) or (x, y, sample_weight) of any number of rows.
             with_loss: False: to predict, which needs no targets.
 
+        Returns:
+            Whether there was anything left to build.
+
         Raises:
             ConfigError: the factory made different models on different ranks.
         """
+        lacks_loss = with_loss and not self._steps
+        if self._has_variables and not lacks_loss:
+            return False
         if not self._has_variables:
             build_variables(self.model, keras_batch(batch))
             if self.collective.world_size > 1:
@@ -112,7 +127,7 @@ class Replica:
             self._check_same_model()
             self._take_over()
             self._has_variables = True
-        if with_loss and not self._steps:
+        if lacks_loss:
             build(self.model, keras_batch(batch))
             self._metrics = MetricState(self.model)
             self._steps = {
@@ -122,6 +137,7 @@ class Replica:
             probed = [steps.probe(batch) for steps in self._steps.values()]
             if any(probed):
                 self._take_over()  # what only the model's own step has built
+        return True
 
     def read_state(self, alone: bool = False) -> State:
         """The job's state, on rank 0; the others' may be parts of it.
@@ -137,23 +153,33 @@ class Replica:
         write_state(self.model, state)
         self._take_over()
 
+    def open(
+        self, data: Given | OpenFeed, plan: BatchPlan | Batching, purpose: Purpose = "train", first_epoch: int = 0
+    ) -> OpenFeed:
+        """Open data for a verb (see `dtrain.feeds.open_feed`); what is open already is returned as it is."""
+        if isinstance(data, (Loader, StreamLoader)):
+            return data
+        return open_feed(data, plan, self.collective, purpose, first_epoch)
+
     # --- fit
 
     def begin_fit(
         self,
         plan: FitPlan,
-        train: DataSource,
-        validation: DataSource | None = None,
+        train: Given | OpenFeed,
+        validation: Given | OpenFeed | None = None,
         callbacks: Sequence[keras.callbacks.Callback] = (),
         verbose: int | str = 0,
     ) -> None:
-        """Get ready to run the segments of a fit."""
+        """Get ready to run the segments of a fit. `train` and `validation` may be what `open` returned."""
         collective = self.collective
-        first = train.read(np.zeros(1, np.int64))
+        feed = self.open(train, plan.train, "train", plan.initial_epoch)
+        validating = None
+        if validation is not None:
+            assert plan.validation is not None
+            validating = self.open(validation, plan.validation, "validation")
+        first = feed.first()  # what is to be checked of a fit's first batch is checked here
         self.build(first)
-        loader = Loader(
-            train, plan.train, collective.rank, collective.world_size, _to_tensors, first_epoch=plan.initial_epoch
-        )
         ranked = RankCallbacks(
             callbacks,
             self.model,
@@ -161,11 +187,12 @@ class Replica:
             add_history=True,
             verbose=verbose,
             epochs=plan.epochs,
-            steps=loader.sampler.steps_per_epoch,
+            steps=feed.steps_per_epoch,
         )
-        rows = -(-plan.train.batch_size // collective.world_size)
-        row_bytes = sum(leaf.nbytes for leaf in tf.nest.flatten(first) if leaf is not None)
-        self._fit = _Fit(plan, loader, validation, ranked, batch_bytes=rows * row_bytes)
+        batch_bytes = sum(leaf.nbytes for _, leaf in leaves(first))
+        if isinstance(feed, Loader):
+            batch_bytes *= -(-feed.plan.batch_size // collective.world_size)
+        self._fit = _Fit(plan, feed, validating, ranked, batch_bytes, plan.initial_epoch)
         self.model.stop_training = False
         ranked("on_train_begin")
 
@@ -173,8 +200,8 @@ class Replica:
         """Train the segment's steps; where it ends an epoch, validate and call the epoch's hooks too."""
         fit = self._running_fit()
         epoch, step = segment.position.epoch, segment.position.step
-        if fit.stopped:
-            return SegmentResult(segment.position, 0, 0, 0.0, {}, stop=True)
+        if fit.stopped or epoch < fit.epoch:  # sent before anybody knew that the epoch ends before it
+            return SegmentResult(segment.position, 0, 0, 0.0, {}, stop=fit.stopped)
         fit.stopped = True  # until it ends well: one that was sent ahead must not go on from one that raised
         if step == 0:
             self.model.reset_metrics()
@@ -182,9 +209,14 @@ class Replica:
         started = time.perf_counter()
         step_logs, num_steps, rows = self._train(fit, segment)
         seconds = time.perf_counter() - started
-        self._seconds_per_step = seconds / num_steps
-        fit.logs = _last(step_logs)
-        ends_epoch = self.model.stop_training or step + num_steps == fit.loader.sampler.steps_in_epoch(epoch)
+        if num_steps:
+            self._seconds_per_step = seconds / num_steps
+            fit.logs = _last(step_logs)
+        has_ended = num_steps < segment.num_steps or step + num_steps == fit.feed.steps_in_epoch(epoch)
+        if has_ended and not self.model.stop_training:
+            self._warn_of_early_end(fit, Position(epoch, step + num_steps))
+        ends_epoch = has_ended or self.model.stop_training
+        fit.epoch = epoch + ends_epoch
         position = Position(epoch + 1, 0) if ends_epoch else Position(epoch, step + num_steps)
         logs = _numbers(fit.logs)
         epoch_end = self._end_epoch(fit, epoch) if ends_epoch else None
@@ -208,6 +240,9 @@ class Replica:
         if isinstance(optimizer, keras.optimizers.Optimizer) and fit.plan.epochs > 0:
             optimizer.finalize_variable_values(self.model.trainable_weights)
         fit.callbacks("on_train_end", logs=fit.epoch_logs)
+        for feed in (fit.feed, fit.validation):
+            if feed is not None:
+                feed.close()
         self._fit = None
         self.progress = Progress("idle")
         return fit.callbacks.history()
@@ -219,23 +254,23 @@ class Replica:
         looked_at = hooked or self.model.stop_training  # by Keras, too, after a first call
         steps_per_call = self.model.steps_per_execution if looked_at else self._steps_per_call(fit)
         states, own, rows = [], [], 0
-        chunks = _chunks(fit.loader, epoch, step, segment.num_steps, steps_per_call, looked_at)
+        chunks = _chunks(fit.feed, epoch, step, segment.num_steps, steps_per_call, looked_at)
         for chunk in chunks:
             if hooked and chunk.first_step % steps_per_call == 0:
                 fit.callbacks("on_train_batch_begin", chunk.first_step)
             state, returned = self._call("train", chunk)
             step = chunk.first_step + chunk.num_steps
             rows += chunk.global_rows * chunk.num_steps
-            if hooked and (step % steps_per_call == 0 or step == fit.loader.sampler.steps_in_epoch(epoch)):
+            if hooked and (step % steps_per_call == 0 or step == fit.feed.steps_in_epoch(epoch)):
                 logs = _last(self._global_logs("train", [state], [returned], "batch"))
                 fit.callbacks("on_train_batch_end", _last_of_call(chunk, steps_per_call), logs=logs)
             states.append(state)
             own.append(returned)
-            self.progress = Progress("train", epoch, step, fit.loader.sampler.steps_in_epoch(epoch), fit.logs)
+            self.progress = Progress("train", epoch, step, fit.feed.steps_in_epoch(epoch) or 0, fit.logs)
             if self.model.stop_training:
                 chunks.close()
                 break
-        step_logs = self._global_logs("train", states, own, "segment")
+        step_logs = self._global_logs("train", states, own, "segment") if states else {}
         return step_logs, step - segment.position.step, rows
 
     def _steps_per_call(self, fit: _Fit) -> int:
@@ -248,8 +283,7 @@ class Replica:
     def _end_epoch(self, fit: _Fit, epoch: int) -> EpochEnd:
         logs = dict(fit.logs)
         if fit.validation is not None and _is_due(fit.plan.validation_freq, epoch):
-            assert fit.plan.validation is not None
-            found = self._evaluate(fit.plan.validation, fit.validation, fit.callbacks)
+            found = self._evaluate(fit.validation, fit.callbacks)
             logs.update({f"val_{key}": value for key, value in found.items()})
         fit.epoch_logs = logs
         known = {key: len(values) for key, values in fit.callbacks.history().items()}
@@ -257,6 +291,18 @@ class Replica:
         history = fit.callbacks.history()  # it has what callbacks added to the logs, too
         fit.logs = {key: values[-1] for key, values in history.items() if len(values) > known.get(key, 0)}
         return EpochEnd(epoch, _numbers(fit.logs), learning_rate(self.model))
+
+    def _warn_of_early_end(self, fit: _Fit, end: Position) -> None:
+        """Keras's warning, once a fit, where the user sees it: above the bar."""
+        promised = fit.feed.steps_per_epoch
+        if promised is None or end.step >= promised or fit.has_warned:
+            return
+        fit.has_warned = True
+        if self.collective.rank == 0:
+            print(
+                f"the input ran out of data in epoch {end.epoch + 1}, after {end.step} of {promised} steps: the epoch"
+                " ends there. It must bring steps_per_epoch * epochs batches; a data set does with .repeat()"
+            )
 
     def _running_fit(self) -> _Fit:
         if self._fit is None:
@@ -267,60 +313,74 @@ class Replica:
 
     def evaluate(
         self,
-        plan: BatchPlan,
-        source: DataSource,
+        plan: BatchPlan | Batching,
+        data: Given | OpenFeed,
         callbacks: Sequence[keras.callbacks.Callback] = (),
         verbose: int | str = 0,
     ) -> Logs:
         """The metrics of the whole data set, the same on all ranks. Collective."""
-        self.build(source.read(np.zeros(1, np.int64)))
-        sampler = Sampler(plan)
+        feed = self.open(data, plan, "evaluate")
+        self.build(feed.first())
         ranked = RankCallbacks(
-            callbacks, self.model, self.collective, verbose=verbose, epochs=1, steps=sampler.steps_per_epoch
+            callbacks, self.model, self.collective, verbose=verbose, epochs=1, steps=feed.steps_per_epoch
         )
-        return self._evaluate(plan, source, ranked)
+        logs = self._evaluate(feed, ranked)
+        feed.close()
+        return logs
 
     def predict(
         self,
-        plan: BatchPlan,
-        source: DataSource,
+        plan: BatchPlan | Batching,
+        data: Given | OpenFeed,
         callbacks: Sequence[keras.callbacks.Callback] = (),
         verbose: int | str = 0,
-    ) -> Tree | None:
-        """Predictions for this rank's contiguous part of the rows; None where it has none.
+    ) -> Predictions:
+        """Predictions for this rank's rows: a contiguous part of all, or its part of each mini-batch.
 
-        A callback that looks at each batch is to see all of them: rank 0 then predicts alone. Collective where there
-        are callbacks.
+        Collective where the data come in batches or each rank makes its own, and where there are callbacks. One that
+        looks at each batch is to see all of them: of data read by rows rank 0 then predicts alone. Of data in batches
+        it sees rank 0's part of each.
         """
-        rank, world_size = self.collective.rank, self.collective.world_size
-        sampler = Sampler(plan)
+        feed = self.open(data, plan, "predict")
         ranked = RankCallbacks(
-            callbacks, self.model, self.collective, verbose=verbose, epochs=1, steps=sampler.steps_per_epoch
+            callbacks, self.model, self.collective, verbose=verbose, epochs=1, steps=feed.steps_per_epoch
         )
         self.model.stop_predicting = False
         ranked("on_predict_begin")
-        if ranked.has_batch_hooks("predict"):
-            world_size = 1
+        in_batches = isinstance(feed, StreamLoader)
+        own = feed if isinstance(feed, StreamLoader) else self._own_rows(feed, ranked.has_batch_hooks("predict"))
+        call = ranked if in_batches else ranked.call_here
+        outputs, sizes = [], []
+        for chunk in own.one_pass(1) if own is not None else ():
+            call("on_predict_batch_begin", chunk.first_step)
+            output = self._predict_batch(tf.nest.map_structure(lambda leaf: leaf[0], chunk.data))
+            outputs.append(tf.nest.map_structure(lambda leaf: leaf.numpy(), output))
+            sizes.append(int(next(leaves(chunk.data))[1].shape[1]))
+            call("on_predict_batch_end", chunk.first_step, logs={"outputs": outputs[-1]})
+            self.progress = Progress("predict", 0, chunk.first_step + 1, feed.steps_per_epoch or 0)
+            if chunk.whole and self.collective.rank > 0:  # rank 0 has them all
+                outputs[-1], sizes[-1] = tf.nest.map_structure(lambda leaf: leaf[:0], outputs[-1]), 0
+            if self.model.stop_predicting:
+                break
+        ranked("on_predict_end")
+        feed.close()
+        self.progress = Progress("idle")
+        if not outputs:
+            return Predictions(None, (0,))
+        joined = tf.nest.map_structure(lambda *parts: np.concatenate(parts), *outputs)
+        return Predictions(joined, tuple(sizes) if in_batches else (sum(sizes),))
+
+    def _own_rows(self, loader: Loader, alone: bool) -> Loader | None:
+        """What reads this rank's contiguous part of the rows, all on rank 0 if `alone`; None where it has none."""
+        rank, world_size, plan = self.collective.rank, 1 if alone else self.collective.world_size, loader.plan
         steps = plan.steps_per_epoch
         num_rows = plan.num_rows if steps is None else min(plan.num_rows, steps * plan.batch_size)
         rows = even_split(num_rows, world_size, rank) if rank < world_size else slice(0, 0)
-        outputs = []
-        if rows.stop > rows.start:
-            part = Rows(source, rows.start, rows.stop)
-            own_plan = BatchPlan(num_rows=len(part), batch_size=max(1, plan.batch_size // world_size))
-            loader = Loader(part, own_plan, 0, 1, _to_tensors)
-            num_steps = loader.sampler.steps_per_epoch
-            for chunk in loader.chunks(0, 0, num_steps, 1):
-                ranked.call_here("on_predict_batch_begin", chunk.first_step)
-                output = self._predict_batch(tf.nest.map_structure(lambda leaf: leaf[0], chunk.data))
-                outputs.append(tf.nest.map_structure(lambda leaf: leaf.numpy(), output))
-                ranked.call_here("on_predict_batch_end", chunk.first_step, logs={"outputs": outputs[-1]})
-                self.progress = Progress("predict", 0, chunk.first_step + 1, num_steps)
-                if self.model.stop_predicting:
-                    break
-        ranked("on_predict_end")
-        self.progress = Progress("idle")
-        return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *outputs) if outputs else None
+        if rows.stop == rows.start:
+            return None
+        part = Rows(loader.source, rows.start, rows.stop)
+        own_plan = BatchPlan(num_rows=len(part), batch_size=max(1, plan.batch_size // world_size))
+        return Loader(part, own_plan, 0, 1, to_tensors)
 
     def on_batch(self, kind: Kind, batch: ArraySource) -> Logs:
         """One step on the rows of `batch`, the whole mini-batch on every rank; metrics of it alone. Collective."""
@@ -328,20 +388,19 @@ class Replica:
         self.model.reset_metrics()
         part = shard(len(batch), self.collective.world_size, self.collective.rank)
         rows = batch.read(np.arange(len(batch), dtype=np.int64)[part.rows])
-        data = _to_tensors(map_tree(lambda leaf: leaf[None], rows))
+        data = to_tensors(map_tree(lambda leaf: leaf[None], rows))
         state, own = self._call(kind, Chunk(0, 1, data, part.share, part.whole, len(batch)))
         return _last(self._global_logs(kind, [state], [own], "batch"))
 
-    def _evaluate(self, plan: BatchPlan, source: DataSource, callbacks: RankCallbacks) -> Logs:
-        loader = Loader(source, plan, self.collective.rank, self.collective.world_size, _to_tensors)
-        num_steps = loader.sampler.steps_in_epoch(0)
+    def _evaluate(self, feed: Feed, callbacks: RankCallbacks) -> Logs:
+        num_steps = feed.steps_per_epoch
         hooked = callbacks.has_batch_hooks("test")
         steps_per_call = self.model.steps_per_execution if hooked else 8
         self.model.reset_metrics()
         self.model.stop_evaluating = False
         callbacks("on_test_begin")
         state, own = None, None
-        for chunk in _chunks(loader, 0, 0, num_steps, steps_per_call, hooked):
+        for chunk in feed.one_pass(1 if hooked else steps_per_call):
             if hooked and chunk.first_step % steps_per_call == 0:
                 callbacks("on_test_batch_begin", chunk.first_step)
             state, own = self._call("test", chunk)
@@ -349,7 +408,7 @@ class Replica:
             if hooked and (step % steps_per_call == 0 or step == num_steps):
                 logs = _last(self._global_logs("test", [state], [own], "test_batch"))
                 callbacks("on_test_batch_end", _last_of_call(chunk, steps_per_call), logs=logs)
-            self.progress = Progress("evaluate", 0, step, num_steps)
+            self.progress = Progress("evaluate", 0, step, num_steps or 0)
             if self.model.stop_evaluating:
                 break
         assert state is not None and own is not None
@@ -410,16 +469,19 @@ class Replica:
 
 
 def _chunks(
-    loader: Loader, epoch: int, first_step: int, num_steps: int, steps_per_chunk: int, aligned: bool
+    feed: Feed, epoch: int, first_step: int, num_steps: int, steps_per_chunk: int, aligned: bool
 ) -> Generator[Chunk, None, None]:
-    """A loader's chunks; `aligned`: none reaches over a multiple of `steps_per_chunk`, wherever the segments end."""
+    """A feed's chunks; `aligned`: none reaches over a multiple of `steps_per_chunk`, wherever the segments end."""
     end = first_step + num_steps
     while first_step < end:
         stop = end
         if aligned and steps_per_chunk > 1:
             stop = min(end, (first_step // steps_per_chunk + 1) * steps_per_chunk)
-        yield from loader.chunks(epoch, first_step, stop - first_step, steps_per_chunk)
-        first_step = stop
+        for chunk in feed.chunks(epoch, first_step, stop - first_step, steps_per_chunk):
+            first_step = chunk.first_step + chunk.num_steps
+            yield chunk
+        if first_step < stop:  # the input has ended
+            return
 
 
 def _last_of_call(chunk: Chunk, steps_per_execution: int) -> int:
@@ -435,10 +497,6 @@ def _last(logs: dict[str, Array]) -> Logs:
 def _numbers(logs: Logs) -> Logs:
     """The logs without metrics that are arrays: these are in the history alone."""
     return {key: value for key, value in logs.items() if np.ndim(value) == 0}
-
-
-def _to_tensors(data: Tree) -> Tree:
-    return map_tree(tf.convert_to_tensor, data)
 
 
 def _is_due(frequency: int | Sequence[int], epoch: int) -> bool:

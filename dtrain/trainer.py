@@ -18,6 +18,7 @@ from dtrain import arguments, cluster
 from dtrain.callback_state import import_state
 from dtrain.config import CheckpointConfig, MLflowConfig
 from dtrain.controller import Controller
+from dtrain.data.given import Given
 from dtrain.data.source import DataSource
 from dtrain.doctor import quick_horovod_problem
 from dtrain.errors import ConfigError
@@ -26,7 +27,18 @@ from dtrain.history import History
 from dtrain.progress import ProgressBar
 from dtrain.runs import unique_name, validate_name
 from dtrain.tracking import NullTracker
-from dtrain.types import Array, BatchPlan, Logs, Tree, WorkerInfo, WorkerSettings
+from dtrain.types import (
+    Array,
+    Batching,
+    BatchPlan,
+    Logs,
+    Opened,
+    Predictions,
+    Purpose,
+    Tree,
+    WorkerInfo,
+    WorkerSettings,
+)
 from dtrain.weights import Weights
 from dtrain.worker_group import GroupSpec, WorkerGroup, check_name, threads_for
 
@@ -149,7 +161,11 @@ class Trainer:
         """Train. Every argument means what it means in `keras.Model.fit`.
 
         `batch_size` is the mini-batch of the whole job, whatever the number of workers. `x` is an array, a nested dict
-        or list of arrays, or a `dtrain.data` source. Each fit is one MLflow run; the weights go on from the last.
+        or list of arrays, a `dtrain.data` source, a PyDataset, a small finite tf.data.Dataset, or a function that
+        returns the whole data, the same on each worker: any of these, a tuple (x, y) or (x, y, sample_weight) of
+        arrays, or a generator. What comes in batches brings the mini-batches of the whole job: each worker reads all
+        of them and keeps its rows. A tf.data.Dataset itself is read once, here: its batches come in one order in every
+        epoch. Each fit is one MLflow run; the weights go on from the last.
 
         Returns:
             The history, and where the run is recorded.
@@ -192,10 +208,13 @@ class Trainer:
         callbacks: Any = None,
         return_dict: bool = False,
     ) -> Any:
-        """The loss and metrics of the whole data set, exact over all workers; as in `keras.Model.evaluate`."""
-        source = arguments.source_of(x, y, sample_weight)
-        plan = arguments.batch_plan(source, batch_size, steps, "steps", in_any_order=True)
-        logs: Logs = self._run_pass("evaluate", plan, source, callbacks, verbose)[0]
+        """The loss and metrics of the whole data set, exact over all workers; as in `keras.Model.evaluate`.
+
+        `x` is what `fit` takes.
+        """
+        data = arguments.data_of(x, y, sample_weight)
+        plan = arguments.plan_of(data, batch_size, steps, "steps", in_any_order=True)
+        logs: Logs = self._run_pass("evaluate", plan, data, callbacks, verbose)[0]
         return logs if return_dict else self._flat_logs(logs)
 
     def predict(
@@ -206,15 +225,15 @@ class Trainer:
         steps: int | None = None,
         callbacks: Any = None,
     ) -> Any:
-        """Predictions for all rows, in their order; as in `keras.Model.predict`.
+        """Predictions for all rows, in their order; as in `keras.Model.predict`. `x` is what `fit` takes.
 
-        Where a callback looks at each batch the first worker predicts alone, so that it sees all of them; what it stops
-        with `self.model.stop_predicting` ends with the rows that it has seen.
+        Where a callback looks at each batch the first worker predicts alone, so that it sees all of them (of data that
+        come in batches it sees the first worker's rows of each). What it stops with `self.model.stop_predicting` ends
+        with the rows that it has seen.
         """
-        source = arguments.source_of(x)
-        plan = arguments.batch_plan(source, batch_size, steps, "steps")
-        parts = self._run_pass("predict", plan, source, callbacks, verbose)
-        return _concatenate([rows for rows in parts if rows is not None])
+        data = arguments.data_of(x)
+        plan = arguments.plan_of(data, batch_size, steps, "steps")
+        return _in_order(self._run_pass("predict", plan, data, callbacks, verbose))
 
     def train_on_batch(
         self,
@@ -307,9 +326,15 @@ class Trainer:
         self.shutdown(keep_weights=kind is None or issubclass(kind, Exception))
 
     def start(
-        self, source: DataSource, display: ProgressBar, run_name: str | None = None, with_loss: bool = True
-    ) -> WorkerGroup:
-        """The group of workers, with the model built from `source`; its processes start now unless they run."""
+        self,
+        data: Given,
+        plan: BatchPlan | Batching,
+        display: ProgressBar,
+        purpose: Purpose,
+        first_epoch: int = 0,
+        run_name: str | None = None,
+    ) -> tuple[WorkerGroup, Opened]:
+        """The group of workers, with the data open and the model built; its processes start now unless they run."""
         self._weights.check_local_model()
         self._let_go_of_the_dead()
         if self._group is None:
@@ -318,13 +343,13 @@ class Trainer:
             self._group = self._new_group(run_name, display)
         group = self._group
         self._enter_directory(group)
-        first = source.read(np.zeros(1, np.int64))
-        self._weights.see(first)
-        if group.description is None or (with_loss and not group.has_loss):
+        if group.description is None:
             display.status("building the model")
-            group.description, group.has_loss = group.call("build", first, with_loss)[0], with_loss
+        opened: Opened = group.call("open", purpose, cluster.put(data), plan, first_epoch)[0]
+        group.description = opened.model or group.description
+        self._weights.see(opened.example)
         self._weights.deliver(group)
-        return group
+        return group, opened
 
     def check_room(self, run_name: str) -> None:
         """Connect to Ray, and refuse what its workers could not be started for. Does nothing while they run.
@@ -402,19 +427,19 @@ class Trainer:
     def _run_pass(
         self,
         task: Literal["evaluate", "predict"],
-        plan: BatchPlan,
-        source: DataSource,
+        plan: BatchPlan | Batching,
+        data: Given,
         callbacks: Any,
         verbose: int | str,
     ) -> list[Any]:
         """Run `evaluate` or `predict` on all workers; what each returned."""
         hooks = arguments.callback_list(callbacks)
-        steps = plan.steps_per_epoch or -(-plan.num_rows // plan.batch_size)
-        with ProgressBar(verbose, 1, steps, self.num_workers, task=task) as display:
-            group = self.start(source, display, with_loss=task == "evaluate")
+        with ProgressBar(verbose, 1, workers=self.num_workers, task=task) as display:
+            group, opened = self.start(data, plan, display, task)
+            display.expect(opened.steps_per_epoch)
             controller = Controller(group, NullTracker(), display)
             pickled_hooks = arguments.pickled_hooks(hooks, verbose)
-            results = controller.run_pass(task, plan, cluster.put(source), pickled_hooks)
+            results = controller.run_pass(task, plan, pickled_hooks)
             if hooks:
                 for callback, state in zip(hooks, group.call("callback_states")[0], strict=True):
                     import_state(callback, state)
@@ -422,8 +447,8 @@ class Trainer:
 
     def _on_batch(self, kind: str, source: DataSource) -> Logs:
         with ProgressBar(0) as display:
-            group = self.start(source, display)
-        logs: Logs = group.call("on_batch", kind, cluster.put(source))[0]
+            group, _ = self.start(source, BatchPlan(len(source), len(source)), display, "evaluate")
+        logs: Logs = group.call("on_batch", kind)[0]
         return logs
 
     def _flat_logs(self, logs: Logs) -> Any:
@@ -444,14 +469,27 @@ def _config(name: str, value: Any, kind: type[Config]) -> Config | None:
     return value
 
 
-def _concatenate(parts: Sequence[Tree]) -> Tree:
-    """Join the ranks' outputs, arrays or nested dicts, lists and tuples of arrays, along their rows."""
+def _in_order(ranks: Sequence[Predictions]) -> Tree:
+    """The ranks' outputs as one, mini-batch by mini-batch, and in rank order within each."""
+    parts = [part for part in ranks if part.outputs is not None]
+    batches = np.concatenate([np.repeat(np.arange(len(part.sizes)), part.sizes) for part in parts])
+    in_order = bool(np.all(batches[1:] >= batches[:-1]))
+    order = None if in_order else np.argsort(batches, kind="stable")
+    return _concatenate([part.outputs for part in parts], order)
+
+
+def _concatenate(parts: Sequence[Tree], order: Array | None) -> Tree:
+    """Join outputs, arrays or nested dicts, lists and tuples of arrays, along their rows; then take these in `order`.
+
+    None: as they are.
+    """
     first = parts[0]
     if isinstance(first, Mapping):
-        return {key: _concatenate([part[key] for part in parts]) for key in first}
+        return {key: _concatenate([part[key] for part in parts], order) for key in first}
     if isinstance(first, (list, tuple)):
-        return type(first)(_concatenate([part[i] for part in parts]) for i in range(len(first)))
-    return np.concatenate(parts)
+        return type(first)(_concatenate([part[i] for part in parts], order) for i in range(len(first)))
+    joined = np.concatenate(parts)
+    return joined if order is None else joined[order]
 
 
 def _keras_settings() -> dict[str, Any]:

@@ -5,7 +5,7 @@ Nothing here imports TensorFlow, Ray or MLflow.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy.typing as npt
 
@@ -85,13 +85,37 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
-class FitPlan:
-    """What a worker needs to know of a fit besides the data and the callbacks."""
+class Batching:
+    """How data are to be cut into mini-batches, as the user asked for it: a BatchPlan before the data are there.
 
-    train: BatchPlan
+    Attributes:
+        batch_size: None: `usual_batch_size`, or Keras's default; it must be None where the data come in batches.
+        steps: mini-batches in an epoch, or to evaluate or predict; None: one pass over the data.
+        shuffle: as in BatchPlan; of what comes in batches, only a PyDataset's batches are shuffled.
+        seed: of the shuffling.
+        usual_batch_size: what holds where neither `batch_size` is given nor the data come in batches.
+        in_any_order: a whole pass may take the rows in the order in which each worker reads fewest blocks.
+    """
+
+    batch_size: int | None = None
+    steps: int | None = None
+    shuffle: bool | str = False
+    seed: tuple[int, ...] = (0,)
+    usual_batch_size: int | None = None
+    in_any_order: bool = False
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """What a worker needs to know of a fit besides the data and the callbacks.
+
+    `train` and `validation` are plans where the driver knows the number of rows, and Batchings where it does not.
+    """
+
+    train: BatchPlan | Batching
     epochs: int
     initial_epoch: int = 0
-    validation: BatchPlan | None = None
+    validation: BatchPlan | Batching | None = None
     validation_freq: int | Sequence[int] = 1
     record_steps: bool = True
 
@@ -159,6 +183,48 @@ class ModelDescription:
     """A digest of the variables' names, shapes and dtypes and of the compile configuration."""
     exceptions: tuple[str, ...]
     """Sentences on layers for which several workers do not compute what one would."""
+
+
+Purpose = Literal["train", "validation", "evaluate", "predict"]
+"""What data are opened for."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What rank 0 found when the ranks opened a data set.
+
+    Attributes:
+        kind: what it is: "arrays", "tf.data.Dataset", "generator", ...
+        example: its first rows, one or a few: (x,), (x, y) or (x, y, sample_weight).
+        plan: counts the steps of its epochs, by a Sampler; None: nobody knows how many there are. Of data that come
+            in batches, a row of the plan is a batch.
+        rows: how many there are, where that is known.
+        batch_size: rows of a mini-batch, where they are of one size.
+        steps_per_epoch: what Keras shows; None: unknown until the first epoch has ended.
+        model: set when the model was built, or got its loss and metrics.
+    """
+
+    kind: str
+    example: Tree
+    plan: BatchPlan | None
+    rows: int | None = None
+    batch_size: int | None = None
+    steps_per_epoch: int | None = None
+    model: ModelDescription | None = None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A rank's part of what was predicted.
+
+    Attributes:
+        outputs: one row for each row predicted, in order; None: this rank has none.
+        sizes: how many of them are of the first mini-batch, of the second, and so on. The whole is, mini-batch by
+            mini-batch, the ranks' parts in rank order.
+    """
+
+    outputs: Tree | None
+    sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-import cloudpickle
-
 from dtrain.callback_state import Hooks, export_state
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.data.given import unpickled
+from dtrain.errors import DtrainError
 from dtrain.types import (
+    Batching,
     BatchPlan,
     Failure,
     FitPlan,
     Logs,
     Membership,
+    Opened,
+    Predictions,
     Progress,
+    Purpose,
     Segment,
     SegmentResult,
-    Tree,
     WorkerInfo,
     WorkerSettings,
 )
@@ -61,6 +63,7 @@ class Worker:
         self._rank = rank
         self._printed = _Tee(sys.stdout)
         self._replica: Any = None
+        self._feeds: dict[str, Any] = {}
         self._collective: Any = None
         self._settings: WorkerSettings | None = None
         self._hooks = Hooks(())
@@ -119,7 +122,7 @@ class Worker:
         from dtrain.replica import Replica
 
         assert self._settings is not None
-        model_fn, config = _unpickled("model_fn", pickled_model_fn)
+        model_fn, config = unpickled("model_fn", pickled_model_fn)
         self._replica = Replica(
             make_model(model_fn, config),
             self._collective,
@@ -128,16 +131,25 @@ class Worker:
         )
 
     @_reported
-    def build(self, batch: Tree, with_loss: bool) -> Any:
-        """Create the model's variables from a batch; describe the model."""
+    def open(self, purpose: Purpose, data: Any, plan: BatchPlan | Batching, first_epoch: int) -> Opened | None:
+        """Open the data of the verb that comes next, and build the model from them where that is yet to be done.
+
+        Returns:
+            What rank 0 found; nothing from the others.
+        """
         from dtrain.model import describe
 
-        self._replica.build(batch, with_loss)
-        return describe(self._replica.model)
+        if purpose in self._feeds:
+            self._feeds.pop(purpose).close()
+        feed = self._feeds[purpose] = self._replica.open(data, plan, purpose, first_epoch)
+        first = feed.first()
+        is_new = purpose != "validation" and self._replica.build(first, with_loss=purpose != "predict")
+        return feed.opened(first, describe(self._replica.model) if is_new else None) if self._rank == 0 else None
 
     @_reported
-    def begin_fit(self, plan: FitPlan, train: Any, validation: Any, callbacks: bytes) -> None:
+    def begin_fit(self, plan: FitPlan, callbacks: bytes) -> None:
         hooks = self._unpack(callbacks)
+        train, validation = self._feeds.pop("train"), self._feeds.pop("validation", None)
         self._replica.begin_fit(plan, train, validation, hooks.callbacks, hooks.verbose)
 
     @_reported
@@ -152,15 +164,17 @@ class Worker:
         return history, self._callback_states()
 
     @_reported
-    def evaluate(self, plan: BatchPlan, source: Any, callbacks: bytes) -> Logs:
+    def evaluate(self, plan: BatchPlan | Batching, callbacks: bytes) -> Logs:
         hooks = self._unpack(callbacks)
-        logs: Logs = self._replica.evaluate(plan, source, hooks.callbacks, hooks.verbose)
+        logs: Logs = self._replica.evaluate(plan, self._feeds.pop("evaluate"), hooks.callbacks, hooks.verbose)
         return logs
 
     @_reported
-    def predict(self, plan: BatchPlan, source: Any, callbacks: bytes) -> Tree:
+    def predict(self, plan: BatchPlan | Batching, callbacks: bytes) -> Predictions:
         hooks = self._unpack(callbacks)
-        return self._replica.predict(plan, source, hooks.callbacks, hooks.verbose)
+        feed = self._feeds.pop("predict")
+        predictions: Predictions = self._replica.predict(plan, feed, hooks.callbacks, hooks.verbose)
+        return predictions
 
     @_reported
     def callback_states(self) -> list[dict[str, Any]]:
@@ -168,8 +182,9 @@ class Worker:
         return self._callback_states()
 
     @_reported
-    def on_batch(self, kind: str, batch: Any) -> Logs:
-        logs: Logs = self._replica.on_batch(kind, batch)
+    def on_batch(self, kind: str) -> Logs:
+        """One step on the rows that were opened, all of them."""
+        logs: Logs = self._replica.on_batch(kind, self._feeds.pop("evaluate").source)
         return logs
 
     @_reported
@@ -191,7 +206,7 @@ class Worker:
         return (staging.write_tensors(MODEL_FILE, state),) if self._rank == 0 else ()
 
     def _unpack(self, pickled_hooks: bytes) -> Hooks:
-        self._hooks = _unpickled("callbacks", pickled_hooks)
+        self._hooks = unpickled("callbacks", pickled_hooks)
         return self._hooks
 
     def _callback_states(self) -> list[dict[str, Any]]:
@@ -234,17 +249,6 @@ class _Tee(io.TextIOBase):
         with self._lock:
             *lines, self._text = self._text.split("\n")
         return tuple(line for line in lines if not line.startswith(_RAY_MARKS))
-
-
-def _unpickled(name: str, data: bytes) -> Any:
-    """What the driver pickled: the user's own code, by whoever may run code here anyway."""
-    try:
-        return cloudpickle.loads(data)
-    except ImportError as error:
-        raise ConfigError(
-            f"{name} needs a module that the workers cannot import ({error}); install it on every node, or send your"
-            ' code along with runtime_env={"working_dir": "."}'
-        ) from error
 
 
 def _failure(error: BaseException) -> Failure:

@@ -77,8 +77,6 @@ class WorkerGroup:
         self.workers: tuple[WorkerInfo, ...] = ()
         self.description: ModelDescription | None = None
         """The model that the workers hold, once it is built."""
-        self.has_loss = False
-        """Whether it is built to train and evaluate, rather than to predict alone."""
         self.rescued: dict[str, Array] | None = None
         """The state that the workers had when a failure closed the group, where rank 0 could still tell it."""
         self.directory: str | None = None

@@ -294,7 +294,7 @@ class TestBeforeAnythingStarts:
             ({"x": {"a": X, "b": X[:3]}}, DataError, ["x['b']", "3", "10"]),
             ({"x": np.array([[1, 2], [3]], dtype=object), "y": Y[:2]}, DataError, ["x", "object"]),
             ({"y": np.array(["cat"] * 10)}, DataError, ["y"]),
-            ({"x": iter([1])}, DataError, ["x is a", "NumPy arrays"]),
+            ({"x": iter([1])}, DataError, ["x is a", "pass a function"]),
             ({"validation_data": (X, Y[:3])}, DataError, ["10", "3"]),
             ({"class_weight": {0: 1.0}, "sample_weight": Y}, DataError, ["class_weight", "sample_weight"]),
         ],

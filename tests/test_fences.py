@@ -17,8 +17,8 @@ STOREYS = {
     "leaves": "model keras_internals data data.source data.sampler data.loader collective rendezvous storage"
     " checkpoint runs tracking journal mlflow_run progress plots description history setup"
     " driver_tensorflow horovod_build _horovod_cmake data.blocks data.files data.columns"
-    " data.parquet_files data.checks data.tf_records data.ray_blocks callback_state schedules",
-    "one rank": "replica step optimizer losses metrics batch_norm callbacks",
+    " data.parquet_files data.checks data.tf_records data.ray_blocks callback_state schedules data.given data.stream",
+    "one rank": "replica feeds step optimizer losses metrics batch_norm callbacks",
     "many": "worker_group worker telemetry cluster",
     "decisions": "controller policy",
     "faces": "trainer weights fit_run arguments named cli doctor testing",
@@ -27,7 +27,7 @@ STOREYS = {
 
 OWNERS = {
     "ray": "cluster worker_group worker telemetry data.ray_*",
-    "tensorflow": "driver_tensorflow replica step optimizer losses metrics batch_norm collective setup data.tf_*",
+    "tensorflow": "driver_tensorflow replica feeds step optimizer losses metrics batch_norm collective setup data.tf_*",
     "keras": "model keras_internals replica step optimizer losses metrics batch_norm callbacks setup schedules",
     "keras.src": "keras_internals",
     "horovod": "collective doctor",

@@ -1,11 +1,15 @@
 """Claims about the private names of Keras that dtrain relies on: what breaks here, a new Keras has changed."""
 
+import itertools
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from dtrain import keras_internals
+from dtrain.errors import DataError
 
 
 @pytest.fixture
@@ -97,3 +101,100 @@ def test_every_loss_goes_through_the_function_that_is_replaced(monkeypatch: pyte
     monkeypatch.setattr(keras_internals.loss_module, "reduce_weighted_values", counted)
     keras.losses.MeanSquaredError()(np.zeros((2, 1)), np.ones((2, 1)))
     assert len(calls) == 1 and {"sample_weight", "mask", "reduction", "dtype"} <= calls[0].keys()
+
+
+X, Y = np.arange(12, dtype="float32").reshape(6, 2), np.arange(6)
+
+
+class Pairs(keras.utils.PyDataset):  # type: ignore[misc]
+    """Three batches of two rows."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> object:
+        return X[2 * index : 2 * index + 2], Y[2 * index : 2 * index + 2]
+
+
+def pairs_one_by_one() -> object:
+    yield from (Pairs()[index] for index in range(3))
+
+
+def first_numbers(source: keras_internals.KerasInput) -> list[int]:
+    source.on_epoch_begin()
+    found = [int(batch[1][0]) for batch in source.batches()]
+    source.on_epoch_end()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("make", "num_batches"),
+    [
+        (Pairs, 3),
+        (lambda: Pairs(workers=2), 3),
+        (pairs_one_by_one, None),
+        (lambda: tf.data.Dataset.from_tensor_slices((X, Y)).batch(2), 3),
+        (lambda: tf.data.Dataset.from_tensor_slices((X, Y)).batch(2).repeat(), None),
+    ],
+)
+def test_keras_adapters_bring_the_batches_of_a_pass(make: Any, num_batches: int | None) -> None:
+    source = keras_internals.KerasInput(make(), make)
+    assert source.num_batches == num_batches
+    for number in range(2):  # a generator is made anew for the second
+        source.begin_pass(number)
+        source.on_epoch_begin()
+        batches = list(itertools.islice(source.batches(), 3))
+        source.on_epoch_end()
+        assert [batch[1].tolist() for batch in batches] == [[0, 1], [2, 3], [4, 5]]
+        assert all(isinstance(leaf, np.ndarray) for batch in batches for leaf in batch)
+
+
+def test_class_weights_become_sample_weights_or_are_refused() -> None:
+    dataset = tf.data.Dataset.from_tensor_slices((X, Y)).batch(2)
+    for data in (dataset, Pairs()):
+        source = keras_internals.KerasInput(data, class_weight={0: 3.0, 3: 0.5, 5: 1.0})
+        assert [batch[2].tolist() for batch in source.batches()] == [[3, 1], [1, 0.5], [1, 1]]
+    with pytest.raises(DataError, match="class_weight"):
+        keras_internals.KerasInput(pairs_one_by_one(), class_weight={0: 3.0})
+
+
+def test_a_pydataset_is_read_in_the_order_that_is_given_and_its_hooks_are_called() -> None:
+    hooks = []
+
+    class Hooked(Pairs):
+        def on_epoch_begin(self) -> None:
+            hooks.append("begin")
+
+        def on_epoch_end(self) -> None:
+            hooks.append("end")
+
+    for workers in (1, 2):
+        source = keras_internals.KerasInput(Hooked(workers=workers), order=lambda number, count: [2, 0, 1])
+        source.begin_pass(0)
+        assert first_numbers(source) == [4, 0, 2]
+    assert hooks == ["begin", "end"] * 2
+
+
+def test_a_reshuffling_dataset_feels_each_iterator_that_keras_makes() -> None:
+    """Keras makes two for each epoch of known length; the order of its second epoch is that of the third iterator."""
+    seen: list[list[int]] = []
+
+    class Seeing(keras.Model):  # type: ignore[misc]
+        def train_step(self, data: Any) -> dict[str, Any]:
+            seen[-1].extend(data[1].numpy().tolist())
+            return {"loss": tf.constant(0.0)}
+
+    class Epochs(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            seen.append([])
+
+    def make() -> tf.data.Dataset:
+        return tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(6, seed=1).batch(2)
+
+    model = Seeing()
+    model.compile("sgd", "mse", run_eagerly=True)
+    model.fit(make(), epochs=3, callbacks=[Epochs()], verbose=0)
+    source = keras_internals.KerasInput(make())
+    for order in seen:
+        assert [number for batch in source.batches() for number in batch[1].tolist()] == order
+        source.end_pass()

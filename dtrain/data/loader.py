@@ -1,15 +1,19 @@
-"""Owns reading ahead: this rank's rows, a few steps at a time, in a background thread that ends with the iterator."""
+"""Owns what a rank is fed with, chunk by chunk; here from data that are read by rows, stream.py has those in batches.
+
+Reads ahead: this rank's rows, a few steps at a time, in a background thread that ends with the iterator.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from dtrain.data.sampler import Sampler, shard
 from dtrain.data.source import Blocked, DataSource, map_tree
-from dtrain.types import BatchPlan, Tree
+from dtrain.types import BatchPlan, ModelDescription, Opened, Tree
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,37 @@ class Chunk:
     share: float
     whole: bool
     global_rows: int
+
+
+class Feed(Protocol):
+    """Where a rank's steps come from. All ranks make the same calls in the same order."""
+
+    @property
+    def plan(self) -> BatchPlan | None:
+        """Counts the steps of epochs, by a Sampler; None: nobody knows how many there are."""
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """What Keras shows as the number of steps; None: unknown."""
+
+    def steps_in_epoch(self, epoch: int) -> int | None:
+        """How many steps `epoch` has; None: as many as come."""
+
+    def first(self) -> Tree:
+        """Some first rows, to build a model from: (x,), (x, y) or (x, y, sample_weight)."""
+
+    def chunks(self, epoch: int, first_step: int, num_steps: int, steps_per_chunk: int) -> Iterator[Chunk]:
+        """This rank's rows of the steps from `first_step` on, in order. Fewer come where the input ends: the epoch's
+        end."""
+
+    def one_pass(self, steps_per_chunk: int) -> Iterator[Chunk]:
+        """The chunks of a whole pass, to evaluate or to predict."""
+
+    def close(self) -> None:
+        """End what runs in the background."""
+
+    def opened(self, first: Tree, model: ModelDescription | None) -> Opened:
+        """What there is to know of it, given what `first` returned, and the model if it was built from that."""
 
 
 class Loader:
@@ -65,6 +100,31 @@ class Loader:
         self.prefetch = prefetch
         if isinstance(source, Blocked):
             source.keep(self.sampler.open_blocks(world_size, rank))
+
+    @property
+    def plan(self) -> BatchPlan:
+        return self.sampler.plan
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.sampler.steps_per_epoch
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        return self.sampler.steps_in_epoch(epoch)
+
+    def first(self) -> Tree:
+        """One row."""
+        return self.source.read(np.zeros(1, np.int64))
+
+    def one_pass(self, steps_per_chunk: int) -> Iterator[Chunk]:
+        first_epoch = self.sampler.first_epoch
+        return self.chunks(first_epoch, 0, self.steps_in_epoch(first_epoch), steps_per_chunk)
+
+    def close(self) -> None: ...
+
+    def opened(self, first: Tree, model: ModelDescription | None) -> Opened:
+        kind, plan = type(self.source).__name__, self.plan
+        return Opened(kind, first, plan, plan.num_rows, plan.batch_size, self.steps_per_epoch, model)
 
     def chunks(self, epoch: int, first_step: int, num_steps: int, steps_per_chunk: int) -> Iterator[Chunk]:
         """This rank's rows of `num_steps` steps from `first_step` on, in order, `steps_per_chunk` steps at a time.

@@ -251,7 +251,7 @@ def describe(source: DataSource, *, sample_bytes: int = 64 << 20) -> Description
     block = max(1, (4 << 20) // row_bytes)
     for start in range(0, len(rows), block):
         for _, leaf in sorted(leaves(source.read(rows[start : start + block])), key=lambda item: item[0]):
-            digest.update(_content(leaf))
+            digest.update(content_of(leaf))
     return Description(len(source), shapes, dtypes, digest.hexdigest())
 
 
@@ -420,7 +420,8 @@ def _weights_by_class(y: Tree, sample_weight: Tree, class_weight: Mapping[int, f
     return np.array([class_weight.get(int(number), 1.0) for number in numbers], np.float64)[inverse]
 
 
-def _content(leaf: Array) -> bytes | memoryview:
+def content_of(leaf: Array) -> bytes | memoryview:
+    """The bytes that tell an array's contents, of text too."""
     if leaf.dtype.kind == "O":
         texts = [item.encode() if isinstance(item, str) else item for item in leaf.flat]
         return b"".join(len(text).to_bytes(8, "little") + text for text in texts)

@@ -263,7 +263,7 @@ def _distributed_run(feature: Feature, run: Run, replica: Replica, train: Data, 
     steps = {key: np.concatenate([logs[key] for logs in step_logs]) for key in step_logs[0]}
     rows = ArraySource(*train)
     found = replica.evaluate(BatchPlan(run.size.rows, EVALUATE_BATCH), rows)
-    predictions = replica.predict(BatchPlan(run.size.rows, PREDICT_BATCH), rows)
+    predictions = replica.predict(BatchPlan(run.size.rows, PREDICT_BATCH), rows).outputs
     replica.read_state()
     return _outcome(replica.model, history, found, predictions, steps)
 
