@@ -53,5 +53,5 @@ def test_the_bar_shows_its_own_task_and_epoch_alone_and_every_line() -> None:
     ]
     shown = Shown()
     group: Any = Polled(answers)
-    Controller(group, NullTracker(), shown).run_pass("evaluate", BatchPlan(1, 1), None, b"")
+    Controller(group, NullTracker(), shown).run_pass("evaluate", BatchPlan(1, 1), b"")
     assert shown.steps == [1, 2] and shown.lines == ["a", "b", "c"]
