@@ -73,6 +73,47 @@ def refuse_what_cannot_be_split(model: keras.Model) -> None:
         )
 
 
+def label_rules(model: keras.Model) -> tuple[dict[str, int], dict[str, int]]:
+    """Where targets are the numbers of classes: how many the output has, and the one that the loss passes over.
+
+    Returns:
+        Both by path, "y" or "y['name']" or "y[0]", as far as losses and output shapes tell; see
+        `dtrain.data.checks.check_batch`.
+    """
+    classes: dict[str, int] = {}
+    ignored: dict[str, int] = {}
+
+    def visit(path: str, loss: Any, shape: Any) -> None:
+        if isinstance(loss, Mapping) and isinstance(shape, Mapping):
+            for key in loss.keys() & shape.keys():
+                visit(f"{path}[{key!r}]", loss[key], shape[key])
+        elif isinstance(loss, (list, tuple)) and isinstance(shape, list):
+            for index, pair in enumerate(zip(loss, shape, strict=False)):
+                visit(f"{path}[{index}]", *pair)
+        elif _takes_class_numbers(loss) and isinstance(shape, tuple) and isinstance(shape[-1], int):
+            classes[path] = shape[-1]
+            if getattr(loss, "ignore_class", None) is not None:
+                ignored[path] = loss.ignore_class
+
+    shapes = getattr(model, "output_shape", None)
+    if isinstance(model.loss, Mapping):
+        shapes = dict(
+            zip(
+                getattr(model, "output_names", ()),
+                [shapes] if isinstance(shapes, tuple) else shapes or (),
+                strict=False,
+            )
+        )
+    visit("y", model.loss, shapes)
+    return classes, ignored
+
+
+def _takes_class_numbers(loss: Any) -> bool:
+    function = keras.losses.sparse_categorical_crossentropy
+    by_name = isinstance(loss, str) and loss == function.__name__
+    return by_name or loss is function or isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
+
+
 def describe(model: keras.Model) -> ModelDescription:
     """Describe a built model."""
     text = io.StringIO()

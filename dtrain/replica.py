@@ -16,6 +16,7 @@ import tensorflow as tf
 from dtrain.batch_norm import synchronize
 from dtrain.callbacks import RankCallbacks
 from dtrain.collective import Collective
+from dtrain.data.checks import check_batch
 from dtrain.data.given import Given
 from dtrain.data.loader import Chunk, Feed, Loader
 from dtrain.data.sampler import even_split, shard
@@ -29,6 +30,7 @@ from dtrain.model import (
     build,
     build_variables,
     describe,
+    label_rules,
     learning_rate,
     read_state,
     refuse_what_cannot_be_split,
@@ -178,8 +180,9 @@ class Replica:
         if validation is not None:
             assert plan.validation is not None
             validating = self.open(validation, plan.validation, "validation")
-        first = feed.first()  # what is to be checked of a fit's first batch is checked here
+        first = feed.first()
         self.build(first)
+        self._check_first_rows(feed, first)
         ranked = RankCallbacks(
             callbacks,
             self.model,
@@ -195,6 +198,20 @@ class Replica:
         self._fit = _Fit(plan, feed, validating, ranked, batch_bytes, plan.initial_epoch)
         self.model.stop_training = False
         ranked("on_train_begin")
+
+    def _check_first_rows(self, feed: OpenFeed, first: Tree) -> None:
+        """Look at this rank's rows of the first mini-batch before any of it trains the model."""
+        if isinstance(feed, Loader):
+            sampler = feed.sampler
+            size = sampler.batch_size_at(sampler.first_epoch, 0)
+            part = shard(size, self.collective.world_size, self.collective.rank)
+            rows = sampler.batch(sampler.first_epoch, 0, part.rows)
+            batch = feed.source.read(rows)
+        else:
+            batch = first
+            rows = np.arange(len(next(leaves(batch))[1]), dtype=np.int64)
+        classes, ignored = label_rules(self.model)
+        check_batch(batch, rows, num_classes=classes, ignore_class=ignored)
 
     def run(self, segment: Segment) -> SegmentResult:
         """Train the segment's steps; where it ends an epoch, validate and call the epoch's hooks too."""

@@ -73,3 +73,33 @@ def test_weights_below_0_are_a_warning(caplog: pytest.LogCaptureFixture) -> None
         check_batch((X, OK, np.array([1, -0.5, 1])), ROWS)
     (record,) = caplog.records
     assert record.getMessage().startswith("sample_weight is -0.5 in row 17")
+
+
+def fit_of(model: Any, x: Any, y: Any) -> None:
+    """Begin a fit of 9 mini-batches in an order of their own, on one rank."""
+    from dtrain.collective import LocalCollective
+    from dtrain.data.source import ArraySource
+    from dtrain.replica import Replica
+    from dtrain.types import BatchPlan, FitPlan
+
+    plan = FitPlan(BatchPlan(len(x), 2, shuffle=True), epochs=1)
+    Replica(model, LocalCollective()).begin_fit(plan, ArraySource(x, y))
+
+
+def test_the_first_mini_batch_of_a_fit_is_checked_against_the_models_classes() -> None:
+    import keras
+    from keras import layers
+
+    inputs = keras.Input((2,))
+    kinds, sizes = layers.Dense(3, name="kind")(inputs), layers.Dense(1, name="size")(inputs)
+    several = keras.Model(inputs, {"kind": kinds, "size": sizes})
+    several.compile("sgd", {"kind": keras.losses.SparseCategoricalCrossentropy(ignore_class=-1), "size": "mse"})
+    one = keras.Sequential([keras.Input((2,)), layers.Dense(3)])
+    one.compile("sgd", "sparse_categorical_crossentropy")
+    x, wrong, right = np.zeros((18, 2)), np.full(18, 3), np.full(18, 2)
+    with pytest.raises(DataError, match=r"y\['kind'\] is 3 in row \d+: .*0 to 2, or -1, which is ignored"):
+        fit_of(several, x, {"kind": wrong, "size": np.zeros(18)})
+    with pytest.raises(DataError, match=r"y is 3 in row \d+: the model has 3 classes"):
+        fit_of(one, x, wrong)
+    fit_of(several, x, {"kind": np.where(right == 2, -1, 0), "size": np.zeros(18)})
+    fit_of(one, x, right)
