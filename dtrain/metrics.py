@@ -65,6 +65,7 @@ class MetricState:
                 if all(variable is not known for known in self.variables):
                     self.variables.append(variable)
         self.records_steps = sum(int(np.prod(v.shape)) for v in self.variables) <= RECORDED_ELEMENTS
+        self._names: list[str] = []
         self._results = tf.function(self._results_of, autograph=False, reduce_retracing=True)
 
     def read(self) -> list[tf.Tensor]:
@@ -103,7 +104,7 @@ class MetricState:
         summed = sum_in_rank_order(addends, collective, name) if in_order else collective.all_reduce(addends, name)
         results = self._results(summed)
         self.assign(local)
-        return {key: value.numpy() for key, value in results.items()}
+        return {key: results[key].numpy() for key in self._names}
 
     def _logs(self) -> dict[str, Any]:
         return flat_logs(self._model.get_metrics_result())
@@ -121,7 +122,7 @@ class MetricState:
             self.assign(state)
             return {key: tf.cast(value, tf.float64) for key, value in self._logs().items()}
 
-        keys = list(self._logs())
+        keys = self._names = list(self._logs())  # a tf.function returns dicts in another order
         num_steps = tf.shape(states[0])[0]
         arrays = [tf.TensorArray(tf.float64, size=num_steps) for _ in keys]
 
@@ -136,8 +137,8 @@ class MetricState:
 
 
 def flat_logs(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """Logs without nesting, as Keras has them: some metrics' results, and that of all compiled ones, are dicts."""
+    """Logs without nesting, in Keras's order: some metrics' results, and that of all compiled ones, are dicts."""
     flat: dict[str, Any] = {}
-    for name, value in logs.items():
+    for name, value in sorted(logs.items()):
         flat.update(flat_logs(value) if isinstance(value, Mapping) else {name: value})
     return flat

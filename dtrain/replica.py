@@ -459,11 +459,11 @@ class Replica:
             local = [tf.constant(np.concatenate([returned[key] for returned in own])) for key in steps.own_logs]
             summed = sum_in_rank_order(local, self.collective, f"{kind}.{name}.logs")
             logs.update((key, value.numpy()) for key, value in zip(steps.own_logs, summed, strict=True))
-        if steps.metric_logs != ():
+        if steps.returned is None or len(steps.own_logs) < len(steps.returned):
             kept = states if self._metrics.records_steps else states[-1:]
             found = self._metrics.global_logs(concatenate(kept), self.collective, f"{kind}.{name}.metrics")
-            logs.update((key, found[key]) for key in steps.metric_logs or found)
-        return logs
+            logs = {**found, **logs}
+        return {key: logs[key] for key in (logs if steps.returned is None else steps.returned)}
 
     def _check_same_model(self) -> None:
         signatures = self.collective.all_gather_json(describe(self.model).signature, "signature")
@@ -508,7 +508,7 @@ def _last_of_call(chunk: Chunk, steps_per_execution: int) -> int:
 
 def _last(logs: dict[str, Array]) -> Logs:
     """The logs after the last step; of a metric that is an array (an F1Score by class), the array, as in Keras."""
-    return {key: float(values[-1]) if values.ndim == 1 else values[-1] for key, values in sorted(logs.items())}
+    return {key: float(values[-1]) if values.ndim == 1 else values[-1] for key, values in logs.items()}
 
 
 def _numbers(logs: Logs) -> Logs:

@@ -55,8 +55,8 @@ class Steps:
         self._is_custom = getattr(type(model), f"{kind}_step") is not getattr(keras.Model, f"{kind}_step")
         self.own_logs: tuple[str, ...] = ()
         """What a custom step returns besides the results of metrics that it has updated."""
-        self.metric_logs: tuple[str, ...] | None = None
-        """The metrics that a custom step has updated and returns; None: all of the model's, as Keras's own steps do."""
+        self.returned: tuple[str, ...] | None = None
+        """All that a custom step returns, in order; None: the results of all metrics, as Keras's own steps do."""
 
     def __call__(self, data: Tree, share: float, whole: bool) -> tuple[list[Array], dict[str, Array]]:
         """Run the steps of a chunk. Collective.
@@ -181,7 +181,7 @@ class Steps:
         specs = [tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype) for leaf in flat]
         tf.function(trace, autograph=False).get_concrete_function(*specs)
         self.own_logs = tuple(name for name in returned if name not in updated)
-        self.metric_logs = tuple(name for name in returned if name in updated)
+        self.returned = tuple(returned)
         return True
 
 
