@@ -130,8 +130,8 @@ def refusal_of_a_step_without_optimizer(collective: Collective) -> str:
     feature = Feature(partial(custom, UpdatesNothing), classes)
     replica = Replica(_fresh_model(feature, "float32"), collective)
     source = _source(feature, make_data(feature, UNEVEN)[0])
-    replica.begin_fit(FitPlan(BatchPlan(UNEVEN.rows, UNEVEN.batch), 1), source)
     try:
+        replica.begin_fit(FitPlan(BatchPlan(UNEVEN.rows, UNEVEN.batch), 1), source)
         replica.run(Segment(Position(0, 0), 1))
     except ConfigError as error:
         return str(error)
