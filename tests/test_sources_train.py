@@ -14,10 +14,11 @@ from models import blobs, make_classifier
 from pyarrow import parquet as pq
 
 import dtrain
-from dtrain.arguments import batch_plan, fit_arguments, source_of
+from dtrain.arguments import fit_arguments, plan_of, source_of
 from dtrain.data.sampler import Sampler
 from dtrain.data.source import DataSource
 from dtrain.errors import DataError
+from dtrain.types import BatchPlan
 
 cloudpickle.register_pickle_by_value(models)
 
@@ -69,7 +70,9 @@ def test_parquet_on_two_workers_gives_what_keras_gives(local_ray: None, in_tmp: 
         evaluated = trainer.evaluate(validation, batch_size=16, verbose=0)
         predicted = trainer.predict(validation, batch_size=16, verbose=0)
         trained = trainer.get_weights()
-    sampler = Sampler(batch_plan(source, 16, None, "steps_per_epoch", True, (0, 0)))
+    plan = plan_of(source, 16, None, "steps_per_epoch", True, (0, 0))
+    assert isinstance(plan, BatchPlan)
+    sampler = Sampler(plan)
     plain = make_classifier()
     expected: dict[str, list[float]] = {}
     for epoch in range(3):
@@ -93,14 +96,15 @@ def test_rows_come_by_blocks_where_no_order_is_asked_for(tmp_path: Path) -> None
 
     def plans(**changes: Any) -> list[tuple[int, ...]]:
         plan = fit_arguments(source, None, **{**FIT, "validation_data": source, **changes}).plan
-        assert plan.validation is not None
+        assert isinstance(plan.train, BatchPlan) and isinstance(plan.validation, BatchPlan)
         return [plan.train.blocks, plan.validation.blocks]
 
     assert plans() == [(7, 7, 6)] * 2
     assert plans(class_weight={0: 2.0}) == [(7, 7, 6)] * 2
     assert plans(shuffle=False) == plans(shuffle="batch") == [(), (7, 7, 6)]
     assert plans(validation_steps=2) == [(7, 7, 6), ()]
-    assert batch_plan(source, 4, 2, "steps", in_any_order=True).blocks == ()
+    plan = plan_of(source, 4, 2, "steps", in_any_order=True)
+    assert isinstance(plan, BatchPlan) and plan.blocks == ()
 
 
 def test_what_a_source_brings_itself_is_refused_beside_it(tmp_path: Path) -> None:

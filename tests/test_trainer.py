@@ -186,7 +186,7 @@ def test_a_callback_stops_predict_after_the_rows_that_it_has_seen(trainer: dtrai
             self.model.stop_predicting = batch == 2
 
     stopped = trainer.predict(x, batch_size=8, verbose=0, callbacks=[Stop()])
-    assert len(stopped) == 3 * 4 and close(stopped, everything[:12])
+    assert len(stopped) == 3 * 8 and close(stopped, everything[:24])
     assert close(trainer.predict(x, verbose=0), everything)
 
 
