@@ -20,11 +20,11 @@ class Lab:
 
     Args:
         ranks: the processes.
-        wanted: features and dtypes that will be asked for; what can run in one process is made for all of them at
-            once, as many at a time as there are processes.
+        wanted: what will be asked for of what can run in one process ("plain" or "one rank", feature and dtype): all of
+            it is made at once, as many at a time as there are processes.
     """
 
-    def __init__(self, ranks: Ranks, wanted: list[tuple[str, str]]) -> None:
+    def __init__(self, ranks: Ranks, wanted: list[tuple[str, str, str]]) -> None:
         self.ranks = ranks
         self._wanted = wanted
         self._alone: dict[tuple[str, str, str], Any] = {}
@@ -57,12 +57,7 @@ class Lab:
 
     def _made_alone(self, kind: str, feature: str, dtype: str) -> Any:
         if (kind, feature, dtype) not in self._alone:
-            missing = [
-                (one, *pair)
-                for pair in dict.fromkeys([*self._wanted, (feature, dtype)])
-                for one in ("plain", "one rank")
-                if (one, *pair) not in self._alone
-            ]
+            missing = [run for run in dict.fromkeys([*self._wanted, (kind, feature, dtype)]) if run not in self._alone]
             self._alone.update(zip(missing, self.ranks.map(_alone, missing), strict=True))
         made = self._alone[kind, feature, dtype]
         if isinstance(made, str):
@@ -73,7 +68,12 @@ class Lab:
 @pytest.fixture(scope="session")
 def lab(ranks: Ranks, request: pytest.FixtureRequest) -> Lab:
     calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    wanted = [(call["feature"], call["dtype"]) for call in calls if {"feature", "dtype"} <= set(call)]
+    wanted: list[tuple[str, str, str]] = []
+    for call in calls:
+        if {"feature", "dtype"} <= set(call):
+            wanted.append(("plain", call["feature"], call["dtype"]))
+            if "world_size" not in call:
+                wanted.append(("one rank", call["feature"], call["dtype"]))
     return Lab(ranks, list(dict.fromkeys(wanted)))
 
 
