@@ -64,6 +64,7 @@ def _moments(
     put them together after Chan, Golub and LeVeque (1979). A sum of squares would lose the variance of values that are
     far from 0. `epsilon` is added to the number of values, as Keras does where there is a mask.
     """
+    x = tf.where(weight > 0, x, tf.zeros_like(x))  # what is masked may be NaN
     count = tf.reduce_sum(weight, axes, keepdims=True)
     total = tf.reduce_sum(x * weight, axes, keepdims=True)
     mean = tf.math.divide_no_nan(total, count)

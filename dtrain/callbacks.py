@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import keras
 
 from dtrain.collective import Collective
-from dtrain.keras_internals import is_default, profiles, recorded_assignments
+from dtrain.keras_internals import is_default, profiles, recorded_assignments, seed_generators_of
 from dtrain.model import optimizers_of
 from dtrain.types import Logs
 
@@ -117,8 +117,10 @@ def on_every_rank(callback: T) -> T:
 
 
 def _variables_of(model: keras.Model) -> list[Any]:
-    optimizers = list(optimizers_of(model))
-    return [*model.variables, *(variable for optimizer in optimizers for variable in optimizer.variables)]
+    """What a callback on rank 0 may change for all. Random numbers stay each rank's own."""
+    seeds = [generator.state for generator in seed_generators_of(model)]
+    own = [variable for variable in model.variables if all(variable is not seed for seed in seeds)]
+    return [*own, *(variable for optimizer in optimizers_of(model) for variable in optimizer.variables)]
 
 
 def _looks_at_batches(callback: keras.callbacks.Callback, kind: str) -> bool:

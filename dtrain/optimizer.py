@@ -43,6 +43,7 @@ class Reduction:
             means weighted by rows, in the same buffer as the gradients.
         sparse_as_dense: sparse gradients are made dense and summed instead of gathered.
         reduced: how often gradients were reduced so far.
+        unreduced: the gradients that `reduce_gradients` was given.
         by_user: the forms of gradients that `reduce_gradients` has returned and no `apply` has taken yet.
         scaled: for each optimizer, whether its `scale_loss` was called.
     """
@@ -54,6 +55,7 @@ class Reduction:
     assigned: list[Any] = field(default_factory=list)
     sparse_as_dense: bool = False
     reduced: int = 0
+    unreduced: list[Any] = field(default_factory=list)
     by_user: list[Any] = field(default_factory=list)
     scaled: list[bool] = field(default_factory=list)
 
@@ -95,7 +97,13 @@ def _patched(optimizer: keras.optimizers.Optimizer, index: int, reduction: Reduc
             with tf.init_scope():  # its slots must not depend on the gradients, as they would below
                 optimizer.build(trainable_variables)
         _refuse_overwriting(trainable_variables)
-        if not _was_reduced(grads, reduction):
+        if _was_reduced(grads, reduction):
+            if sums_locally(optimizer):
+                raise ConfigError(
+                    "dtrain.reduce_gradients does not go with gradient_accumulation_steps, which reduces once for each"
+                    " update; leave one of them out"
+                )
+        else:
             # A custom train_step may never call scale_loss; the gradients then carry no share yet.
             shared = grads if reduction.scaled[index] else [_times(grad, reduction.share) for grad in grads]
             reduce_them = _reduce_window(optimizer, trainable_variables) if sums_locally(optimizer) else reduce
@@ -141,6 +149,7 @@ def reduce_gradients(grads: Sequence[Any]) -> list[Any]:
     shared = list(grads) if any(reduction.scaled) else [_times(grad, reduction.share) for grad in grads]
     reduction.reduced += 1
     reduced = reduce(shared, f"gradients.{reduction.reduced}", reduction)
+    reduction.unreduced += grads
     reduction.by_user.append(_form(reduced))
     return reduced
 
@@ -149,6 +158,11 @@ def _was_reduced(grads: Sequence[Any], reduction: Reduction) -> bool:
     """Whether these come from `reduce_gradients`, perhaps clipped since."""
     if not reduction.by_user:
         return False
+    if any(grad is given for grad in grads if grad is not None for given in reduction.unreduced):
+        raise ConfigError(
+            "optimizer.apply was given gradients that dtrain.reduce_gradients had been given before; give it what"
+            " reduce_gradients returned"
+        )
     form = _form(grads)
     if form not in reduction.by_user:
         raise ConfigError(

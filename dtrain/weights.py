@@ -153,13 +153,14 @@ class Weights:
         """Where workers died with the weights, go on from the newest checkpoint, or from the factory's weights."""
         if not self._are_lost:
             return
-        self._are_lost, self._model_is_current = False, False
+        self._model_is_current = False
         if self._checkpoint is None:
             log.warning("the workers died with the weights, and there is no checkpoint: starting again from model_fn's")
             self._model = None
         else:
             log.warning("the workers died with the weights: going on from %s", self._checkpoint)
             self.take_checkpoint(self._checkpoint, None)
+        self._are_lost = False
 
     def _take(self, state: "State", group: WorkerGroup | None) -> None:
         self._pending, self._model_is_current = state, False
