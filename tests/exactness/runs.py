@@ -22,10 +22,11 @@ from dtrain.collective import Collective, LocalCollective
 from dtrain.data import sampler
 from dtrain.data.source import ArraySource
 from dtrain.errors import ConfigError
+from dtrain.optimizer import reduce_gradients
 from dtrain.replica import Replica
 from dtrain.types import Array, BatchPlan, FitPlan, Position, Segment
 from exactness.cases import PERMUTED_RUNS, UNEVEN, Run, Size
-from exactness.features import FEATURES, Data, Feature, UpdatesNothing, classes, custom
+from exactness.features import FEATURES, ClipsItself, Data, Feature, UpdatesNothing, classes, custom
 
 VALIDATION_ROWS, VALIDATION_BATCH = 37, 10
 EVALUATE_BATCH, PREDICT_BATCH = 19, 7
@@ -136,6 +137,37 @@ def refusal_of_a_step_without_optimizer(collective: Collective) -> str:
     except ConfigError as error:
         return str(error)
     return "it was not refused"
+
+
+def refusals_of_gradients_reduced_wrongly(collective: Collective) -> list[str]:
+    """Of a step that applies what it gave to be reduced, and of one that accumulates what was reduced."""
+
+    class AppliesItsOwn(ClipsItself):
+        def train_step(self, data: Any) -> Any:
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x=x, y=y, y_pred=self(x, training=True))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            reduce_gradients(gradients)
+            self.optimizer.apply(gradients, self.trainable_variables)
+            return {"loss": loss}
+
+    def accumulating() -> keras.Model:
+        model = ClipsItself()
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2), loss)
+        return model
+
+    found = []
+    for make in (partial(custom, AppliesItsOwn), accumulating):
+        feature = Feature(make, classes)
+        replica = Replica(_fresh_model(feature, "float32"), collective)
+        try:
+            replica.build(_source(feature, make_data(feature, UNEVEN)[0]).read(np.zeros(1, np.int64)))
+            found.append("it was not refused")
+        except ConfigError as error:
+            found.append(str(error))
+    return found
 
 
 def refusal_of_a_stateful_layer(collective: Collective) -> str:

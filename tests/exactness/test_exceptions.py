@@ -64,6 +64,17 @@ def test_a_step_that_reduces_nothing_is_refused_by_name(lab: Any) -> None:
         assert "self.optimizer.apply" in message
 
 
+def test_gradients_that_would_be_reduced_twice_or_not_at_all_are_refused(lab: Any) -> None:
+    def refusals(collective: Any) -> list[str]:
+        from exactness.runs import refusals_of_gradients_reduced_wrongly
+
+        return refusals_of_gradients_reduced_wrongly(collective)
+
+    for unreduced, twice in lab.ranks.run(2, refusals):
+        assert "give it what reduce_gradients returned" in unreduced
+        assert "does not go with gradient_accumulation_steps" in twice
+
+
 def test_a_stateful_layer_is_refused_on_several_ranks(lab: Any) -> None:
     def refusal(collective: Any) -> str:
         from exactness.runs import refusal_of_a_stateful_layer
