@@ -331,13 +331,15 @@ def plan_of(
     """How one pass or epoch over `data` is cut into mini-batches: a plan where the number of rows is known here.
 
     Args:
-        source: the data set.
-        batch_size: rows in a mini-batch of the whole job; None: Keras's default.
+        data: the data set.
+        batch_size: rows in a mini-batch of the whole job; None: `usual_batch_size`, else Keras's default.
         steps: mini-batches, where fewer are asked for than there are.
         steps_name: what the user calls them.
         shuffle: as in `fit`.
         seed: of the shuffling.
         in_any_order: a whole pass may take the rows in the order in which each worker reads fewest blocks.
+        usual_batch_size: see `batch_size`.
+        size_name: what the user calls `batch_size`.
 
     Raises:
         ConfigError: a number makes no sense, or the data bring batches of their own.

@@ -158,7 +158,8 @@ class Steps:
     def probe(self, batch: Tree) -> bool:
         """Find out what a step of the model's own returns, and let it build what it builds, by tracing it once.
 
-        The graph is thrown away, and no value changes. Keras's own steps need none of it.
+        The graph is thrown away, and no variable changes; Python in the step runs once more. Keras's own steps need
+        none of it.
 
         Args:
             batch: (x,), (x, y) or (x, y, sample_weight); every leaf is (rows, ...).
