@@ -6,6 +6,8 @@ DTYPES = ("float64", "float32")
 FLOAT64_BOUND = 1e-10
 PERMUTED_RUNS = 5
 """Float32 is measured against so many plain runs with the rows inside each mini-batch permuted ..."""
+PARTS = (2, 3)
+"""... and, in CORE, one with each mini-batch computed in so many parts ..."""
 FLOAT32_FACTOR = 2.0
 """... and may differ by at most so many times what the furthest of them differs."""
 
@@ -56,7 +58,11 @@ SIZES = (
 )
 
 CORE = ("sgd_momentum", "adam", "sample_weight")
-"""Compared at all sizes, at N=2 and N=3 in both dtypes."""
+"""Compared at all sizes, at N=2 and N=3 in both dtypes.
+
+Float32 is measured by parts, too: the order of one or two rows may change no bit, while how many rows go into a matrix
+product decides which kernel computes it, and that in which order it adds.
+"""
 
 FEATURES = (
     *CORE,

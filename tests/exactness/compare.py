@@ -35,10 +35,10 @@ def compare(ranks: Sequence[Any], reference: Any) -> Comparison:
     found = {**vars(ranks[0]), "predictions": predictions}
     plain = vars(reference.run)
     differences = {group: largest_difference(found[group], plain[group]) for group in GROUPS}
-    if not reference.permuted:
+    if not reference.again:
         return Comparison(differences, dict.fromkeys(GROUPS, FLOAT64_BOUND))
     own = {
-        group: max(largest_difference(vars(run)[group], plain[group]) for run in reference.permuted) for group in GROUPS
+        group: max(largest_difference(vars(run)[group], plain[group]) for run in reference.again) for group in GROUPS
     }
     own["history"] = max(own["history"], _last_place(plain["history"]))
     return Comparison(differences, {group: FLOAT32_FACTOR * value for group, value in own.items()})
@@ -60,6 +60,6 @@ def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 def _last_place(arrays: dict[str, Any]) -> float:
     """One unit in the last place of the largest number, in float32.
 
-    A sum over ranks may round a metric to the neighbouring number even where, by chance, no order of rows does.
+    A sum over ranks may round a metric to the neighbouring number even where, by chance, no plain run does.
     """
     return float(np.spacing(np.float32(max(np.max(np.abs(array), initial=0.0) for array in arrays.values()))))

@@ -25,7 +25,7 @@ from dtrain.errors import ConfigError
 from dtrain.optimizer import reduce_gradients
 from dtrain.replica import Replica
 from dtrain.types import Array, BatchPlan, FitPlan, Position, Segment
-from exactness.cases import PERMUTED_RUNS, UNEVEN, Run, Size
+from exactness.cases import CORE, PARTS, PERMUTED_RUNS, UNEVEN, Run, Size
 from exactness.features import FEATURES, ClipsItself, Data, Feature, UpdatesNothing, classes, custom
 
 VALIDATION_ROWS, VALIDATION_BATCH = 37, 10
@@ -56,33 +56,42 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Reference:
-    """Plain Keras: one run, and the same with the rows inside each mini-batch permuted."""
+    """Plain Keras: one run, and in float32 the same again, differing by what plain Keras rounds otherwise.
+
+    Attributes:
+        run: the one to compare with.
+        again: with the rows inside each mini-batch permuted, and with each mini-batch computed in parts.
+    """
 
     run: Outcome
-    permuted: list[Outcome]
+    again: list[Outcome]
 
 
 def plain(feature_name: str, dtype: str, sizes: Sequence[Size], shuffle: bool = False) -> dict[Size, Reference]:
     """Train with plain `keras.Model.fit` on arrays; with `shuffle`, in the order that dtrain's sampler gives."""
     feature = FEATURES[feature_name]
     references = {}
-    model, initial = _fresh_model(feature, dtype), None
+    model = _fresh_model(feature, dtype)
+    initial = [variable.numpy() for variable in _all_variables(_built_model(feature, dtype, sizes[0]))]
+    parts = PARTS if dtype == "float32" and feature_name in CORE else ()
+    in_parts = [_compute_in_parts(_built_model(feature, dtype, sizes[0]), number) for number in parts]
     for size in sizes:
         train, validation = make_data(feature, size)
-        if initial is None:
-            initial = _initial_values(feature, dtype, train)
-        else:
+        if references:  # the model is built inside its first fit
             _assign(model, initial)
         orders = _orders(feature, size, shuffle)
         run = _plain_run(feature, size, model, train, validation, orders)
-        permuted = []
+        again = []
         for number in range(PERMUTED_RUNS if dtype == "float32" else 0):
             random = np.random.default_rng([7, number])
             _assign(model, initial)
             shuffled = [_permute_inside_batches(order, size.batch, random) for order in orders]
             order = _permute_inside_batches(np.arange(VALIDATION_ROWS), VALIDATION_BATCH, random)
-            permuted.append(_plain_run(feature, size, model, train, take(validation, order), shuffled, quick=True))
-        references[size] = Reference(run, permuted)
+            again.append(_plain_run(feature, size, model, train, take(validation, order), shuffled, quick=True))
+        for other in in_parts:
+            _assign(other, initial)
+            again.append(_plain_run(feature, size, other, train, validation, orders, quick=True))
+        references[size] = Reference(run, again)
     return references
 
 
@@ -250,11 +259,30 @@ def _plain_run(
     return _outcome(model, history, found, predictions)
 
 
-def _initial_values(feature: Feature, dtype: str, train: Data) -> list[Array]:
-    """The values that a new model of the feature starts with; its own is built inside its first fit."""
+def _built_model(feature: Feature, dtype: str, size: Size) -> keras.Model:
     model = _fresh_model(feature, dtype)
-    models.build(model, _source(feature, train).read(np.zeros(1, np.int64)))
-    return [variable.numpy() for variable in _all_variables(model)]
+    models.build(model, _source(feature, make_data(feature, size)[0]).read(np.zeros(1, np.int64)))
+    return model
+
+
+def _compute_in_parts(model: keras.Model, parts: int) -> keras.Model:
+    """Make a model compute the rows that it is given in so many calls, as even as can be; the last may have no rows.
+
+    There is still one loss, one gradient and one optimizer, all of them Keras's. The model must end in a softmax.
+    """
+    call = model.call
+
+    def call_in_parts(inputs: Any, **options: Any) -> Any:
+        rows = tf.shape(inputs)[0]
+        sizes = [(rows + parts - 1 - part) // parts for part in range(parts)]
+        outputs = [call(part, **options) for part in tf.split(inputs, sizes, num=parts)]
+        whole = tf.concat(outputs, axis=0)
+        # Without them Keras computes the loss by another formula, from probabilities that it clips.
+        whole._keras_logits = tf.concat([output._keras_logits for output in outputs], axis=0)
+        return whole
+
+    model.call = call_in_parts
+    return model
 
 
 def _assign(model: keras.Model, values: Sequence[Array]) -> None:

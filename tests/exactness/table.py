@@ -67,8 +67,9 @@ def short(rows: Sequence[Row]) -> str:
     lines += [
         "",
         f"Bounds: float64 {FLOAT64_BOUND:g}; float32 {FLOAT32_FACTOR:g} times what plain Keras differs from itself"
-        " with the rows inside each mini-batch permuted (0 where that is 0; a history also has that many units in the"
-        " last place). Adam runs in float32 with epsilon=1e-3.",
+        " with the rows inside each mini-batch permuted and, at 8 sizes, with each mini-batch computed in 2 and in 3"
+        " parts (0 where that is 0; a history also has that many units in the last place). Adam runs in float32 with"
+        " epsilon=1e-3.",
     ]
     return "\n".join(lines) + "\n"
 
