@@ -50,7 +50,8 @@ _DTYPES = {
     **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
     **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
 }
-_DTYPE_NAMES = {name: code for code, name in _DTYPES.items()}
+STORED_DTYPES = {name: code for code, name in _DTYPES.items()}
+"""What arrays in a checkpoint may be of: NumPy's name, and safetensors' code."""
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 """The dtype (safetensors' code) and the shape of each tensor."""
@@ -330,11 +331,11 @@ def _check_name(name: str, where: str) -> str:
 
 def _layout(arrays: Mapping[str, Array], where: str) -> Layout:
     for key, array in arrays.items():
-        if array.dtype.name not in _DTYPE_NAMES:
+        if array.dtype.name not in STORED_DTYPES:
             raise CheckpointError(
-                f"{where}: tensor {key!r} has dtype {array.dtype.name}: it must be one of {[*_DTYPE_NAMES]}"
+                f"{where}: tensor {key!r} has dtype {array.dtype.name}: it must be one of {[*STORED_DTYPES]}"
             )
-    return {key: (_DTYPE_NAMES[array.dtype.name], array.shape) for key, array in arrays.items()}
+    return {key: (STORED_DTYPES[array.dtype.name], array.shape) for key, array in arrays.items()}
 
 
 def _check_staged(staged: Folder, manifest: Manifest) -> None:

@@ -1,6 +1,7 @@
 """Owns every private name of Keras that dtrain relies on, so that a new Keras version is checked in one place.
 
-tests/test_keras_internals.py says what each of them must do.
+Only the attributes in which Keras's callbacks keep their state are named elsewhere: in callback_checkpoint.py, which
+may not import Keras. tests/test_keras_internals.py says what each of them must do.
 """
 
 import contextlib

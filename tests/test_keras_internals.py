@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from dtrain import keras_internals
+from dtrain.callback_checkpoint import KERAS_STATE
 from dtrain.errors import DataError
 
 
@@ -52,6 +53,68 @@ def test_a_board_that_profiles_is_told_apart() -> None:
     assert not keras_internals.profiles(board)
     board._init_profile_batch((0, 2))
     assert keras_internals.profiles(board)
+
+
+STATELESS = {"LambdaCallback", "LearningRateScheduler", "RemoteMonitor", "TerminateOnNaN"}
+NOT_RUN_HERE = {"BackupAndRestore", "CallbackList", "ProgbarLogger"}
+PASSING = {
+    *("_model", "params", "monitor_op", "min_delta"),  # given anew, or found out again
+    *("writer", "csv_file", "append_header"),  # of the open file
+    *("_writers", "_summary_module", "_prev_summary_state", "_log_write_dir", "_train_dir", "_val_dir"),
+    *("_should_write_train_graph", "_batch_start_time"),
+}
+"""Attributes of Keras's callbacks that change in a fit and need not be in a checkpoint."""
+
+
+def kept_names(callback: keras.callbacks.Callback) -> set[str]:
+    return {name for kind in type(callback).__mro__ for name in KERAS_STATE.get(kind.__name__, ())}
+
+
+def test_every_callback_of_keras_is_known() -> None:
+    found = {name for name, item in vars(keras.callbacks).items() if isinstance(item, type)} - {"Callback"}
+    assert found == (KERAS_STATE.keys() - {"MonitorCallback"}) | STATELESS | NOT_RUN_HERE
+    for kind in (keras.callbacks.EarlyStopping, keras.callbacks.ReduceLROnPlateau, keras.callbacks.ModelCheckpoint):
+        assert "MonitorCallback" in {base.__name__ for base in kind.__mro__}
+
+
+def test_what_keras_callbacks_change_in_a_fit_is_in_checkpoints(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    k = keras.callbacks
+    made = [
+        k.EarlyStopping("loss", patience=9, restore_best_weights=True),
+        k.ReduceLROnPlateau("loss", min_delta=9, patience=1, cooldown=2),
+        k.ModelCheckpoint("a.weights.h5", "loss", save_weights_only=True, save_best_only=True),
+        k.ModelCheckpoint("b.weights.h5", "loss", save_weights_only=True, save_freq=4),
+        k.SwapEMAWeights(swap_on_epoch=True),
+        k.TensorBoard("logs", update_freq=1, write_steps_per_second=True),
+        k.CSVLogger("log.csv"),
+        k.History(),
+        k.LambdaCallback(on_epoch_end=lambda epoch, logs: None),
+        k.LearningRateScheduler(lambda epoch: 0.1),
+        k.TerminateOnNaN(),
+    ]
+    before = [dict(vars(callback)) for callback in made]
+    after = []
+
+    class Looks(k.Callback):  # type: ignore[misc]
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            after[:] = [dict(vars(callback)) for callback in made]
+
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.1, use_ema=True), "mse")
+    model.fit(X, Y, 2, epochs=3, validation_data=(X, Y), callbacks=[*made, Looks()], verbose=0)
+    for callback, old, new in zip(made, before, after, strict=True):
+        changed = {name for name in new if name not in old or new[name] is not old[name]}
+        assert changed <= kept_names(callback) | PASSING, type(callback)
+        assert kept_names(callback) <= new.keys(), type(callback)
+
+
+@pytest.mark.parametrize(("mode", "sign"), [("min", -1), ("max", 1)])
+def test_a_callback_can_be_told_to_find_out_what_is_better(mode: str, sign: int) -> None:
+    stopping = keras.callbacks.EarlyStopping("score", mode=mode, min_delta=0.5)
+    assert stopping.monitor_op is None
+    stopping._set_monitor_op()
+    assert stopping.min_delta == 0.5 * sign and bool(stopping.monitor_op(1.0, 2.0)) == (mode == "min")
 
 
 def test_layers_and_their_seed_generators_are_found(model: keras.Model) -> None:

@@ -1,0 +1,283 @@
+"""Owns what of a fit's callbacks is in a checkpoint, so that a fit that goes on decides what it would have decided.
+
+JSON values and arrays: nothing is pickled. What the state of Keras's callbacks is stands in a table; the user's offer
+`get_state()` and `set_state(state)`. Keras is not imported here, since the driver may have none;
+tests/test_keras_internals.py says what must be true of the names in the table.
+"""
+
+import ast
+import contextlib
+import inspect
+import os
+import random
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+
+from dtrain.errors import CheckpointError
+from dtrain.state_tree import pack, unpack
+from dtrain.types import Array
+
+KERAS_STATE: dict[str, tuple[str, ...]] = {
+    "MonitorCallback": ("best",),
+    "EarlyStopping": ("wait", "stopped_epoch", "best_epoch", "best_weights"),
+    "ReduceLROnPlateau": ("wait", "cooldown_counter"),
+    "ModelCheckpoint": ("_batches_seen_since_last_saving", "_last_batch_seen", "_current_epoch"),
+    "OrbaxCheckpoint": ("_batches_seen_since_last_saving", "_last_batch_seen", "_total_batches_seen"),
+    "SwapEMAWeights": ("_ema_weights_in_model",),
+    "TensorBoard": (
+        "_global_train_batch",
+        "_global_test_batch",
+        "_previous_epoch_iterations",
+        "_epoch_start_time",
+    ),
+    "CSVLogger": ("keys", "append"),  # `append` is as the user has it again, once `prepare_resume` has done its work
+    "History": ("history", "epoch"),
+}
+"""The attributes in which a class of Keras keeps its state, besides those of its bases. The others have none."""
+
+
+@dataclass(frozen=True)
+class CallbackState:
+    """The state of a callback: plain values that travel and are stored.
+
+    Attributes:
+        kind: its class: "keras.callbacks.EarlyStopping"; a user's by name alone, so that it may move to another file.
+        values: JSON values, packed by `dtrain.state_tree`.
+        arrays: those that the values name.
+    """
+
+    kind: str
+    values: Mapping[str, Any]
+    arrays: Mapping[str, Array]
+
+
+def save_states(callbacks: Sequence[Any]) -> list[CallbackState | None]:
+    """The state of each callback; None where it has none to save. To be called where all of them run: on rank 0.
+
+    Raises:
+        ConfigError: what a `get_state` returned cannot be stored.
+    """
+    return [_state_of(callback, f"callbacks[{index}]") for index, callback in enumerate(callbacks)]
+
+
+def prepare_resume(callbacks: Sequence[Any], states: Sequence[CallbackState | None]) -> None:
+    """Get files ready to be continued; on rank 0 alone, before `on_train_begin`.
+
+    A CSVLogger will append, also if it was made to begin anew, and the rows that were written after `states` were saved
+    are cut off its file: they will be written again. A file that is not there, or shorter, is left as it is.
+
+    Raises:
+        CheckpointError: the states are of other callbacks.
+    """
+    _check_same(callbacks, states)
+    for callback, state in zip(callbacks, states, strict=True):
+        if state is not None and "CSVLogger" in _keras_classes(callback):
+            if state.values.get("size") is not None:
+                _cut(callback.filename, state.values["size"])
+            callback.append = True
+
+
+def restore_states(callbacks: Sequence[Any], states: Sequence[CallbackState | None]) -> None:
+    """Give each callback that runs on this rank its state; after `on_train_begin`, which resets some.
+
+    Args:
+        callbacks: all of the user's, in the order in which they were saved.
+        states: what `save_states` returned.
+
+    Raises:
+        CheckpointError: the states are of other callbacks, or cannot be read.
+    """
+    _check_same(callbacks, states)
+    for callback, state in zip(callbacks, states, strict=True):
+        if state is not None and _runs_here(callback):
+            _restore(callback, state)
+
+
+def forgetful(callbacks: Sequence[Any]) -> list[str]:
+    """The classes of the user's callbacks that change themselves and offer no state: they begin anew at a resume.
+
+    Found by reading their source: whether a method assigns or fills an attribute of its own object. What is behind
+    other objects, or in variables around a function, is not seen.
+    """
+    names = [type(callback).__name__ for callback in callbacks if not _offers(callback) and _changes_itself(callback)]
+    return list(dict.fromkeys(names))
+
+
+# --- one callback
+
+
+def _state_of(callback: Any, name: str) -> CallbackState | None:
+    parts = _parts(callback)
+    if not parts:
+        return None
+    name = f"{name}={type(callback).__name__}"
+    values: dict[str, Any] = {}
+    arrays: dict[str, Array] = {}
+    if "attributes" in parts:
+        held = vars(callback)
+        values["attributes"] = {
+            key: pack(_without_tensors(held[key]), f"{name}.{key}", arrays)
+            for key in _keras_attributes(callback)
+            if key in held
+        }
+    if "has_direction" in parts:
+        values["has_direction"] = callback.monitor_op is not None
+    if "size" in parts:
+        values["size"] = _size(callback.filename)
+    if "state" in parts:
+        values["state"] = pack(callback.get_state(), f"{name}.get_state()", arrays)
+    return CallbackState(_kind(callback), values, arrays)
+
+
+def _restore(callback: Any, state: CallbackState) -> None:
+    saved = state.values.get("attributes", {})
+    for key in _keras_attributes(callback):
+        if key in saved:
+            setattr(callback, key, unpack(saved[key], state.arrays))
+    # Keras finds out what is better at the end of an epoch; ModelCheckpoint with a `save_freq` compares before that.
+    if state.values.get("has_direction") and callback.monitor_op is None:
+        callback._set_monitor_op()
+    if "state" in state.values:
+        callback.set_state(unpack(state.values["state"], state.arrays))
+
+
+def _parts(callback: Any) -> set[str]:
+    """What the values of a callback's state are made of."""
+    parts = {"attributes"} if _keras_attributes(callback) else set()
+    if "MonitorCallback" in _keras_classes(callback):
+        parts.add("has_direction")
+    if "CSVLogger" in _keras_classes(callback):
+        parts.add("size")
+    if _offers(callback):
+        parts.add("state")
+    return parts
+
+
+def _check_same(callbacks: Sequence[Any], states: Sequence[CallbackState | None]) -> None:
+    fix = "pass the callbacks of the fit that wrote it, in the same order"
+    if len(callbacks) != len(states):
+        ours = ", ".join(type(callback).__name__ for callback in callbacks) or "none"
+        raise CheckpointError(
+            f"the checkpoint is of {len(states)} callbacks, this fit has {len(callbacks)} ({ours}): {fix}"
+        )
+    for index, (callback, state) in enumerate(zip(callbacks, states, strict=True)):
+        kind = _kind(callback)
+        there = "no state" if state is None else f"the state of a {state.kind}"
+        if state is not None and state.kind == kind and set(state.values) != _parts(callback):
+            there += " with other parts (did its class gain or lose get_state and set_state?)"
+        elif (state is None and not _parts(callback)) or (state is not None and state.kind == kind):
+            continue
+        raise CheckpointError(f"callbacks[{index}] is a {kind}, but the checkpoint has {there} at its place: {fix}")
+
+
+def _kind(callback: Any) -> str:
+    own = type(callback)
+    return f"keras.callbacks.{own.__name__}" if _is_keras(own) else own.__qualname__
+
+
+def _offers(callback: Any) -> bool:
+    return all(callable(getattr(callback, name, None)) for name in ("get_state", "set_state"))
+
+
+def _is_keras(kind: Any) -> bool:
+    return str(kind.__module__).split(".")[0] == "keras"
+
+
+def _keras_classes(callback: Any) -> list[str]:
+    return [kind.__name__ for kind in type(callback).__mro__ if _is_keras(kind)]
+
+
+def _keras_attributes(callback: Any) -> list[str]:
+    return [key for kind in _keras_classes(callback) for key in KERAS_STATE.get(kind, ())]
+
+
+def _runs_here(callback: Any) -> bool:
+    """Whether Keras gave it a model. One with a `set_model` of its own may keep it elsewhere."""
+    given = getattr(type(callback), "set_model", None)
+    return given is None or not _is_keras(given) or callback._model is not None
+
+
+def _without_tensors(value: Any) -> Any:
+    """Metrics may be tensors where a callback of the user's put them into the logs."""
+    if isinstance(value, list):
+        return [_without_tensors(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_tensors(item) for key, item in value.items()}
+    if hasattr(value, "__array__") and not isinstance(value, (np.ndarray, np.generic)):
+        return np.asarray(value)[()]
+    return value
+
+
+# --- files
+
+
+def _size(filename: str) -> int | None:
+    """None for what is not on a local disk."""
+    with contextlib.suppress(OSError):
+        return os.path.getsize(filename)
+    return None
+
+
+def _cut(filename: str, size: int) -> None:
+    """Cut a file to a size at which a line of it ends; any other file is not the one that was written."""
+    with contextlib.suppress(FileNotFoundError), open(filename, "r+b") as file:
+        file.seek(max(size - 1, 0))
+        if size == 0 or file.read(1) == b"\n":
+            file.truncate(size)
+
+
+# --- what changes itself
+
+_BEFORE_TRAINING = {"__init__", "__new__", "__setstate__", "set_model", "set_params"}
+_FILLING = {
+    *("append", "appendleft", "add", "clear", "discard", "extend", "insert", "pop", "popitem", "popleft"),
+    *("remove", "reset_state", "reverse", "setdefault", "sort", "update", "update_state"),
+}
+_RANDOM = (random.Random, np.random.Generator, np.random.RandomState)
+
+
+def _changes_itself(callback: Any) -> bool:
+    if any(isinstance(value, _RANDOM) for value in vars(callback).values()):
+        return True
+    own = set(vars(callback)) - {"_model", "params"}
+    return any(_changes(method, own) for method in _methods_of_user(callback))
+
+
+def _methods_of_user(callback: Any) -> Iterator[FunctionType]:
+    for kind in type(callback).__mro__:
+        if kind is not object and not _is_keras(kind):
+            methods = [item for name, item in vars(kind).items() if name not in _BEFORE_TRAINING]
+            yield from (method for method in methods if isinstance(method, FunctionType))
+
+
+def _changes(method: FunctionType, own: set[str]) -> bool:
+    """Whether a method assigns or fills an attribute of its object, as far as its source tells."""
+    code = inspect.unwrap(method).__code__
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, SyntaxError):
+        return bool(own & set(code.co_names))  # no source: it may
+    me = code.co_varnames[:1]
+    return any(_stores(node, me) or _fills(node, me) for node in ast.walk(tree))
+
+
+def _stores(node: ast.AST, me: tuple[str, ...]) -> bool:
+    return isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)) and _is_attribute(node, me)
+
+
+def _fills(node: ast.AST, me: tuple[str, ...]) -> bool:
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    return node.func.attr in _FILLING and _is_attribute(node.func.value, me)
+
+
+def _is_attribute(node: ast.AST, me: tuple[str, ...]) -> bool:
+    """Whether a node is `self.name`, or an item in it."""
+    while isinstance(node, ast.Subscript):
+        node = node.value
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in me
