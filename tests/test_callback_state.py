@@ -426,7 +426,7 @@ class Resumes(callbacks.Callback):  # type: ignore[misc]
 
 
 def variables_of(model: keras.Model) -> list[Any]:
-    return [*model.variables, *model.optimizer.variables]
+    return [*model.weights, *model.optimizer.variables]
 
 
 def built() -> keras.Model:
@@ -442,10 +442,10 @@ def deciding() -> list[Any]:
         callbacks.ReduceLROnPlateau("val_score", 0.5, patience=2, mode="max", cooldown=1),
         callbacks.ModelCheckpoint("best.keras", "val_score", save_best_only=True, mode="max"),
         callbacks.ModelCheckpoint("{epoch}-{batch}.weights.h5", "loss", save_freq=7, save_weights_only=True),
-        callbacks.ModelCheckpoint("{epoch}-{batch}.keras", "loss", save_best_only=True, save_freq=5),
+        callbacks.ModelCheckpoint("{epoch}-{batch}.keras", "loss", save_best_only=True, save_freq=4),
         callbacks.CSVLogger("log.csv"),
         callbacks.History(),
-        Counts("val_score", patience=3, mode="max"),
+        Counts("val_score", patience=20, mode="max"),
         callbacks.EarlyStopping("val_score", patience=8, mode="max", restore_best_weights=True),
     ]
 
