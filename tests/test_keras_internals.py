@@ -79,15 +79,16 @@ def test_every_callback_of_keras_is_known() -> None:
 
 def test_what_keras_callbacks_change_in_a_fit_is_in_checkpoints(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tf.summary, "scalar", lambda *args, **kwargs: True)  # it needs the package tensorboard
     k = keras.callbacks
+    board = k.TensorBoard("logs", write_graph=False, update_freq=1, write_steps_per_second=True)
+    monkeypatch.setattr(board.summary, "scalar", lambda *args, **kwargs: True)  # it needs the package tensorboard
     made = [
         k.EarlyStopping("loss", patience=9, restore_best_weights=True),
         k.ReduceLROnPlateau("loss", min_delta=9, patience=1, cooldown=2),
         k.ModelCheckpoint("a.weights.h5", "loss", save_weights_only=True, save_best_only=True),
         k.ModelCheckpoint("b.weights.h5", "loss", save_weights_only=True, save_freq=4),
         k.SwapEMAWeights(swap_on_epoch=True),
-        k.TensorBoard("logs", write_graph=False, update_freq=1, write_steps_per_second=True),
+        board,
         k.CSVLogger("log.csv"),
         k.History(),
         k.LambdaCallback(on_epoch_end=lambda epoch, logs: None),
