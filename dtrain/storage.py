@@ -77,6 +77,8 @@ class Folder:
 
     def read(self, name: str, limit: int = -1) -> bytes:
         """The first `limit` bytes of a file; -1: all."""
+        if not self.is_local:
+            self._fs.invalidate_cache(self.path)  # others may have written it since the folder was listed
         with open(f"{self.path}/{name}", "rb") if self.is_local else self._fs.open(f"{self.path}/{name}", "rb") as file:
             return bytes(file.read(limit))
 
@@ -90,8 +92,8 @@ class Folder:
     def write(self, name: str, data: bytes) -> None:
         """Writes a file and, on a local disk, waits until it is there. The folder must exist."""
         if not self.is_local:
-            with self._fs.open(f"{self.path}/{name}", "wb") as file:
-                file.write(data)
+            # At once: a file that is opened and closed would, if the writing fails, be kept as far as it got.
+            self._fs.pipe_file(f"{self.path}/{name}", data)
             return
         with open(f"{self.path}/{name}", "wb") as file:
             file.write(data)

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "dtrain"
 STOREYS = {
     "words": "config types errors",
     "leaves": "model keras_internals data data.source data.sampler data.loader collective rendezvous storage"
-    " checkpoint runs tracking journal mlflow_run progress plots description history setup"
+    " lease checkpoint runs tracking journal mlflow_run progress plots description history setup"
     " driver_tensorflow horovod_build _horovod_cmake data.blocks data.files data.columns"
     " data.parquet_files data.checks data.tf_records data.ray_blocks callback_state schedules data.given data.stream"
     " state_tree callback_checkpoint",
