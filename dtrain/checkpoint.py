@@ -190,22 +190,24 @@ class CheckpointStore:
         """Makes the staged files a checkpoint, all or nothing; called by the controller alone.
 
         Raises:
-            CheckpointError: a file of the manifest is not there, or writing failed. Then there is no such checkpoint.
+            CheckpointError: a file of the manifest is not there, or writing failed. To `discard` it leaves nothing.
         """
         if manifest.step != staging.step:
             raise ValueError(f"the manifest is of step {manifest.step}, the staging folder of step {staging.step}")
         staged, target = Folder(staging.url), self._root / staging.target
+        sealed = _encode(manifest)
         with _as_checkpoint_error(target.url, "committed", "free space, or choose another storage_path"):
             _check_staged(staged, manifest)
             if staged.url != target.url:
                 staged.move(target)
-            target.replace(MANIFEST, _encode(manifest))
+            target.replace(MANIFEST, sealed)
         return Checkpoint(target.url, manifest.step)
 
     def discard(self, staging: Staging) -> None:
-        """Removes a staging folder that will not be committed."""
+        """Removes a staging folder that will not be committed, and what a commit that failed has made of it."""
         with _as_checkpoint_error(staging.url, "removed", "remove it by hand"):
-            Folder(staging.url).remove()
+            _remove(Folder(staging.url))
+            _remove(self._root / staging.target)
 
     def list(self) -> tuple[Checkpoint, ...]:
         """The committed checkpoints, oldest first. Only `load` tells whether they are whole."""
@@ -239,23 +241,29 @@ class CheckpointStore:
         if keep < 1:
             raise ConfigError(f"keep={keep!r} must be 1 or more: the newest checkpoint is always kept")
         committed = self.list()
-        spared = {checkpoint.url for checkpoint in (*committed[-keep:], *filter(None, [best]))}
-        self._remove(lambda url, order: url not in spared and bool(committed) and order <= _order(committed[-1].url))
+        # By name: the run may have been moved since `best` was noted down.
+        spared = {_name(checkpoint.url) for checkpoint in (*committed[-keep:], *filter(None, [best]))}
+        newest = _order(committed[-1].url) if committed else (-1, 0)
+        self._remove(lambda name: name not in spared and _order(name) <= newest)
 
     def rewind(self, checkpoint: Checkpoint | None) -> None:
         """Removes everything newer than `checkpoint` (None: everything), before training goes on from there.
 
         Otherwise the newest checkpoint would be one of the abandoned steps.
-        """
-        self._remove(lambda _, order: checkpoint is None or order > _order(checkpoint.url))
 
-    def _remove(self, is_doomed: Callable[[str, tuple[int, int]], bool]) -> None:
+        Raises:
+            CheckpointError: it is none of this store's, and nothing was removed; or removing failed.
+        """
+        if checkpoint is not None and checkpoint not in self.list():
+            raise CheckpointError(f"{checkpoint.url} is no checkpoint of {self.url}: give one that `list` returns")
+        self._remove(lambda name: checkpoint is None or _order(name) > _order(checkpoint.url))
+
+    def _remove(self, is_doomed: Callable[[str], bool]) -> None:
+        """Newest first: stopped half-way, a rewind leaves a history without gaps."""
         with _as_checkpoint_error(self.url, "pruned", "remove old checkpoints by hand"):
-            for name in self._names():
-                folder = self._root / name
-                if is_doomed(folder.url, _order(name)):
-                    folder.remove_file(MANIFEST)  # first: a kill here must not leave half a checkpoint
-                    folder.remove()
+            for name in reversed(self._names()):
+                if is_doomed(name):
+                    _remove(self._root / name)
 
     def _names(self) -> builtins.list[str]:
         """Our folders, committed or not, oldest first."""
@@ -274,6 +282,8 @@ def load(checkpoint: Checkpoint | str) -> LoadedCheckpoint:
     folder = Folder(url)
     with _as_checkpoint_error(folder.url, "read", "check the path and the access rights"):
         manifest = read_manifest(folder.url)
+        if _FOLDER.fullmatch(_name(folder.url)) and _order(folder.url)[0] != manifest.step:
+            raise _damaged(folder, f"its manifest is of step {manifest.step}")
         _check_listing(folder, manifest)
         layouts = {
             record.name: _check_header(folder, record) for record in manifest.files if record.tensors is not None
@@ -312,9 +322,18 @@ def structure_digest(variables: Mapping[str, tuple[tuple[int, ...], str]]) -> st
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
+def _remove(folder: Folder) -> None:
+    folder.remove_file(MANIFEST)  # first: a kill here must not leave half a checkpoint
+    folder.remove()
+
+
+def _name(url: str) -> str:
+    return url.rpartition("/")[2]
+
+
 def _order(name_or_url: str) -> tuple[int, int]:
     """(step, attempt) of a folder of ours; negative for any other."""
-    name = name_or_url.rpartition("/")[2]
+    name = _name(name_or_url)
     staging = _STAGING.fullmatch(name)
     match = _FOLDER.fullmatch(staging[1] if staging else name)
     return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
@@ -469,5 +488,5 @@ def _damaged(folder: Folder, what: str) -> CheckpointError:
 def _as_checkpoint_error(what: str, verb: str, fix: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise CheckpointError(f"{what} cannot be {verb}: {error}; {fix}") from error
+    except (OSError, MemoryError) as error:
+        raise CheckpointError(f"{what} cannot be {verb}: {str(error) or 'out of memory'}; {fix}") from error

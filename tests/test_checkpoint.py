@@ -5,11 +5,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import signal
+import pickle
+import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import pytest
 from dtrain import checkpoint as module
 from dtrain.checkpoint import Checkpoint, CheckpointStore, Manifest, load, read_manifest, structure_digest
 from dtrain.errors import CheckpointError, ConfigError
+from dtrain.storage import Folder
 from dtrain.types import Array, Position
 
 DTYPES = [
@@ -177,6 +180,34 @@ def test_rewind_makes_an_older_checkpoint_the_newest(store: CheckpointStore) -> 
     assert store.list() == ()
 
 
+def test_a_rewind_to_what_is_not_there_removes_nothing(store: CheckpointStore, tmp_path: Path) -> None:
+    made = tuple(commit(store, step) for step in (10, 20))
+    other = CheckpointStore(str(tmp_path / "other"))
+    foreign = [commit(other, 10), Checkpoint(f"{made[0].url}/", 10), Checkpoint(f"{store.url}/step-000000015", 15)]
+    for checkpoint in foreign:
+        with pytest.raises(CheckpointError, match="is no checkpoint of"):
+            store.rewind(checkpoint)
+    assert store.list() == made
+
+
+def test_a_resume_from_an_older_checkpoint_goes_on_from_there(store: CheckpointStore) -> None:
+    made = [commit(store, step) for step in (10, 20, 30)]
+    store.stage(40)  # of a driver that was killed
+    again = CheckpointStore(store.url)
+    older = again.load(made[1].url).checkpoint
+    again.rewind(older)
+    assert again.list() == tuple(made[:2]) and older == again.latest()
+    redone = [commit(again, step) for step in (25, 30, 40)]
+    assert again.list() == (*made[:2], *redone) and step_of(again.load(again.list()[-1])) == 40
+
+
+def test_the_best_is_kept_wherever_the_run_was_moved_to(local: CheckpointStore) -> None:
+    best, *_ = [commit(local, step) for step in (10, 20, 30)]
+    moved = Path(local.url).rename(Path(local.url).with_name("moved"))
+    CheckpointStore(str(moved)).prune(1, best=best)
+    assert sorted(os.listdir(moved)) == ["step-000000010", "step-000000030"]
+
+
 # Damage
 
 
@@ -192,12 +223,12 @@ def test_truncation_anywhere_is_found(local: CheckpointStore) -> None:
     assert step_of(load(str(folder))) == 120
 
 
-def test_random_bit_flips_are_found(local: CheckpointStore) -> None:
+def test_a_thousand_random_bit_flips_are_found(local: CheckpointStore) -> None:
     folder = folder_of(commit(local, 120))
     random = np.random.default_rng(0)
     for path in folder.iterdir():
         whole = path.read_bytes()
-        for at in random.integers(0, len(whole) * 8, 200):
+        for at in random.integers(0, len(whole) * 8, 350):
             flipped = bytearray(whole)
             flipped[at // 8] ^= 1 << (at % 8)
             path.write_bytes(flipped)
@@ -205,6 +236,24 @@ def test_random_bit_flips_are_found(local: CheckpointStore) -> None:
                 load(str(folder))
         path.write_bytes(whole)
     assert step_of(load(str(folder))) == 120
+
+
+def test_extra_values_come_back_and_are_sealed(store: CheckpointStore) -> None:
+    extra = {"best": {"loss": 0.25, "nan": float("inf")}, "list": [1, None, 'ü,\n "digest": "'], "digest": "no"}
+    committed = store.commit(store.stage(7), manifest(7, extra=extra))
+    assert store.load(committed).manifest.extra == extra
+    folder = Folder(committed.url)
+    folder.write("manifest.json", folder.read("manifest.json").replace(b"0.25", b"0.24"))
+    with pytest.raises(CheckpointError, match="its own digest does not match"):
+        store.load(committed)
+
+
+def test_extra_values_that_are_no_json_leave_nothing_behind(store: CheckpointStore) -> None:
+    first, staging = commit(store, 100), store.stage(120)
+    with pytest.raises(TypeError):
+        store.commit(staging, manifest(120, extra={"a": object()}))
+    store.discard(staging)
+    assert Folder(store.url).entries().keys() == {"step-000000100"} and store.list() == (first,)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_says_so(local: CheckpointStore) -> None:
@@ -276,6 +325,110 @@ def test_a_kill_at_any_step_of_a_commit_leaves_this_checkpoint_or_the_one_before
     assert len(newest) > 10 and newest == sorted(newest) and set(newest) == {100, 120}
 
 
+CHANGES = ["make", "write", "replace", "move", "remove_file", "remove"]
+
+
+@contextmanager
+def stopping_at(fatal: int, error: BaseException, half: bool) -> Iterator[None]:
+    """Ends the `fatal`-th change of a folder with `error`: before it is made, or with half of the data written."""
+    calls = iter(range(1, 1000))
+
+    def counted(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(folder: Folder, *args: Any) -> Any:
+            if next(calls) != fatal:
+                return plain(folder, *args)
+            if half and plain is write:
+                write(folder, args[0], args[1][: len(args[1]) // 2])
+            raise error
+
+        return call
+
+    write = Folder.write
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CHANGES:
+            patch.setattr(Folder, name, counted(getattr(Folder, name)))
+        yield
+
+
+def each_stop(store: CheckpointStore, act: Callable[[CheckpointStore], Any], error: BaseException) -> Iterator[Any]:
+    """Stops `act` at every change it makes, each time in a store of its own with the steps 80 and 100."""
+    # An object is there when it is whole.
+    for half in (False,) if store.url.startswith("memory") else (False, True):
+        for fatal in range(1, 1000):
+            fresh = CheckpointStore(f"{store.url}/{uuid.uuid4().hex}")
+            commit(fresh, 80)
+            commit(fresh, 100)
+            try:
+                with stopping_at(fatal, error, half):
+                    act(fresh)
+            except (Killed, CheckpointError):
+                yield fresh
+            else:
+                assert fatal > 2
+                break
+
+
+def test_a_commit_that_is_stopped_anywhere_leaves_this_checkpoint_or_the_one_before(store: CheckpointStore) -> None:
+    for stopped in each_stop(store, lambda fresh: commit(fresh, 120), Killed()):
+        loaded, refused = stopped.latest_valid()
+        assert loaded is not None and refused == () and step_of(loaded) == 100
+        assert step_of(stopped.load(commit(stopped, 120))) == 120
+
+
+def save(store: CheckpointStore) -> None:
+    """As the controller does it."""
+    staging = store.stage(120)
+    try:
+        store.commit(staging, manifest(120, files=(staging.write_json("state.json", {"a": 1}),)))
+    except CheckpointError:
+        store.discard(staging)
+        raise
+
+
+def test_a_commit_that_fails_anywhere_is_taken_back(store: CheckpointStore) -> None:
+    for failed in each_stop(store, save, OSError(28, "No space left on device")):
+        assert Folder(failed.url).entries().keys() == {"step-000000080", "step-000000100"}
+
+
+def test_a_commit_that_does_not_reach_the_disk_is_taken_back(
+    local: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_at(fatal: int) -> Callable[[int], None]:
+        calls, plain = iter(range(1, 1000)), os.fsync
+
+        def fsync(descriptor: int) -> None:
+            plain(descriptor)
+            if next(calls) == fatal:
+                raise OSError(5, "Input/output error")
+
+        return fsync
+
+    first = commit(local, 100)
+    for fatal in range(1, 1000):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail_at(fatal))
+            try:
+                save(local)
+            except CheckpointError:
+                assert os.listdir(local.url) == ["step-000000100"] and local.list() == (first,)
+            else:
+                assert fatal > 4
+                break
+
+
+def test_a_prune_or_rewind_that_is_stopped_anywhere_leaves_whole_checkpoints(store: CheckpointStore) -> None:
+    def forget(fresh: CheckpointStore) -> None:
+        commit(fresh, 120)
+        fresh.rewind(fresh.list()[0])
+
+    for stopped in each_stop(store, lambda fresh: fresh.prune(1), Killed()):
+        steps = [step_of(stopped.load(checkpoint)) for checkpoint in stopped.list()]
+        assert steps in ([80, 100], [100])
+    for stopped in each_stop(store, forget, Killed()):
+        steps = [step_of(stopped.load(checkpoint)) for checkpoint in stopped.list()]
+        assert steps in ([80, 100, 120], [80, 100], [80]), "what is abandoned goes newest first"
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(local: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     commit(local, 100)
 
@@ -292,30 +445,88 @@ def test_a_full_disk_leaves_the_checkpoint_before(local: CheckpointStore, monkey
     assert loaded is not None and step_of(loaded) == 100
 
 
-WRITER = """
-import sys, numpy as np
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_that_is_full_keeps_its_checkpoints_and_takes_more_once_there_is_room(small_disk: Path) -> None:
+    store = CheckpointStore(str(small_disk / "checkpoints"))
+    first = commit(store, 100)
+    before = shutil.disk_usage(small_disk).used
+    staging = store.stage(120)
+    with pytest.raises(CheckpointError, match=r"No space left on device; free space, or choose another storage_path"):
+        staging.write_tensors("model.safetensors", {"w": np.zeros(2 << 20, np.uint8)})
+    store.discard(staging)
+    assert shutil.disk_usage(small_disk).used == before
+    staging = store.stage(120)
+    with open(small_disk / "filler", "wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
+        while True:
+            filler.write(b"0" * 4096)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        store.commit(staging, manifest(120))
+    store.discard(staging)
+    assert store.list() == (first,) and step_of(store.load(first)) == 100
+    os.remove(small_disk / "filler")
+    assert step_of(store.load(commit(store, 120))) == 120
+
+
+def test_a_disk_that_turned_read_only_keeps_its_checkpoints(small_disk: Path) -> None:
+    store = CheckpointStore(str(small_disk / "checkpoints"))
+    made = (commit(store, 100), commit(store, 110))
+    staging = store.stage(120)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for change in (
+        lambda: store.stage(120),
+        lambda: staging.write_json("state.json", {}),
+        lambda: store.commit(staging, manifest(120)),
+        lambda: store.discard(staging),
+        lambda: store.prune(1),
+        lambda: store.rewind(None),
+    ):
+        with pytest.raises(CheckpointError, match="Read-only file system"):
+            change()
+    assert store.list() == made and [step_of(store.load(checkpoint)) for checkpoint in made] == [100, 110]
+
+
+KILLER = """
+import os, random, select, signal, sys, time
 sys.path.insert(0, {tests!r})
-from test_checkpoint import commit
+from test_checkpoint import commit, step_of
 from dtrain.checkpoint import CheckpointStore
-store = CheckpointStore(sys.argv[1])
-step = store.latest().step if store.latest() else 0
-while True:
-    step += 1
-    commit(store, step, size=100_000)
-    store.prune(2)
-    print(step, flush=True)
+
+store, random = CheckpointStore(sys.argv[1]), random.Random(0)
+for kill in range(30):
+    said, says = os.pipe()
+    writer = os.fork()
+    if writer == 0:
+        step = store.latest().step if store.latest() else 0
+        while True:
+            step += 1
+            commit(store, step, size=100_000)
+            store.prune(2)
+            os.write(says, b"%d " % step)
+    select.select([said], [], [])
+    time.sleep(random.uniform(0, 0.02))  # a moment like any other
+    os.kill(writer, signal.SIGKILL)
+    os.waitpid(writer, 0)
+    newest = int(os.read(said, 10_000).split()[-1])
+    loaded, refused = store.latest_valid()
+    assert refused == () and step_of(loaded) >= newest, (newest, loaded, refused)
 """
 
 
-def test_a_killed_process_leaves_a_checkpoint_that_verifies(local: CheckpointStore) -> None:
-    for kills in range(1, 6):
-        command = [sys.executable, "-c", WRITER.format(tests=str(Path(__file__).parent)), local.url]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout is not None
-            said = [int(writer.stdout.readline()) for _ in range(kills)]
-            writer.send_signal(signal.SIGKILL)
-        loaded, refused = local.latest_valid()
-        assert loaded is not None and refused == () and step_of(loaded) >= said[-1]
+def test_a_writer_killed_at_any_moment_leaves_a_checkpoint_that_verifies(local: CheckpointStore) -> None:
+    script = KILLER.format(tests=str(Path(__file__).parent))
+    subprocess.run([sys.executable, "-c", script, local.url], timeout=300, check=True)
+    assert local.list()[-1].step >= 30
 
 
 # Foreign checkpoints
@@ -359,6 +570,7 @@ MALICIOUS: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (tensor("w", ["O", [3000]]), "cannot be understood"),
     (tensor("v", ["F32", [1]]), "does not hold the tensors that the manifest names"),
     (lambda fields: fields.update(step="120"), "must be whole numbers"),
+    (lambda fields: fields.update(step=119), "step-000000120 is damaged: its manifest is of step 119"),
     (lambda fields: fields.update(position={"epoch": 1}), "cannot be understood"),
     (lambda fields: fields.update(unknown=1), "cannot be understood"),
     (lambda fields: fields.update(files=[]), "cannot be understood"),
@@ -390,6 +602,51 @@ def test_links_and_foreign_files_are_refused(local: CheckpointStore, tmp_path: P
     (folder / "extra.pkl").write_bytes(b"")
     with pytest.raises(CheckpointError, match="extra.pkl does not belong to it"):
         load(str(folder))
+
+
+class Trap:
+    """Says when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return pytest.fail, ("something was unpickled",)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+def test_a_pickle_under_another_name_is_refused(local: CheckpointStore, name: str) -> None:
+    folder = folder_of(commit(local, 120))
+    data = pickle.dumps(Trap()) + b" " * 20
+    (folder / name).write_bytes(data)
+    if name != "manifest.json":
+        reseal(
+            folder,
+            lambda fields: fields["files"][name].update(size=len(data), sha256=hashlib.sha256(data).hexdigest()),
+        )
+    with pytest.raises(CheckpointError, match=r"header of|is not JSON|manifest.json cannot be understood"):
+        load(str(folder))
+
+
+def test_what_links_point_to_is_never_removed_or_listed(local: CheckpointStore, tmp_path: Path) -> None:
+    (outside := tmp_path / "outside").mkdir()
+    (outside / "file").write_text("mine")
+    commit(local, 10)
+    (folder_of(commit(local, 20)) / "link").symlink_to(outside)
+    (Path(local.url) / "step-000000005").symlink_to(outside)
+    (Path(local.url) / "step-000000040").symlink_to(folder_of(commit(local, 30)))
+    assert [checkpoint.step for checkpoint in local.list()] == [10, 20, 30]
+    local.prune(1)
+    local.rewind(None)
+    assert local.list() == () and (outside / "file").read_text() == "mine"
+
+
+def test_a_checkpoint_larger_than_memory_is_refused(local: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed = commit(local, 120)
+
+    def too_large(folder: Folder, name: str, limit: int = -1) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(Folder, "read", too_large)
+    with pytest.raises(CheckpointError, match="cannot be read: out of memory"):
+        load(committed)
 
 
 def lying_header(shape: list[Any], offsets: list[Any], padding: int = 0) -> bytes:
