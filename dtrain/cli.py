@@ -15,7 +15,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dtrain.history import History
+    from dtrain.runs import CheckpointSummary, RunSummary
     from dtrain.trainer import Trainer
 
 INTERRUPTED = 130
@@ -257,24 +258,30 @@ def predict(
 
 
 @app.command()
-def runs(storage_path: StoragePath = "dtrain_runs", as_json: Json = False) -> None:
-    """List the runs in the storage path."""
-    from dataclasses import asdict
+def runs(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's name: list its checkpoints.")] = None,
+    storage_path: StoragePath = "dtrain_runs",
+    as_json: Json = False,
+) -> None:
+    """List the runs in the storage path, or the checkpoints of one."""
+    from dtrain.runs import find_run, list_checkpoints, list_runs
 
-    from dtrain.runs import list_runs
-
+    if run is not None:
+        checkpoints = list_checkpoints(find_run(storage_path, run))
+        if as_json:
+            _print_json(checkpoints)
+        elif checkpoints:
+            _print_checkpoints(checkpoints)
+        else:
+            _note(f"no checkpoints of {run} in {storage_path}")
+        return
     found = list_runs(storage_path)
     if as_json:
-        print(json.dumps([{**asdict(run), "metrics": _finite(run.metrics)} for run in found]))
-        return
-    if not found:
+        _print_json(found)
+    elif found:
+        _print_runs(found)
+    else:
         _note(f"no runs in {storage_path}")
-        return
-    rows = [
-        [run.name, run.state, run.step, _one_line(run.metrics), run.checkpoint, run.mlflow_run_id or ""]
-        for run in found
-    ]
-    _print_table(["run", "state", "step", "metrics", "checkpoint", "MLflow run"], rows)
 
 
 @app.command()
@@ -339,14 +346,9 @@ def find_checkpoint(url: str | None, run_name: str | None, storage_path: str) ->
     if url is not None:
         return url
 
-    from dtrain.runs import RunFolder, list_runs, validate_name
+    from dtrain.runs import find_run
 
-    run = next((run for run in list_runs(storage_path) if run.name == validate_name(run_name or "")), None)
-    if run is None:
-        raise ConfigError(
-            f"--run-name={run_name!r} is no run in --storage-path={storage_path!r}; `dtrain runs` lists what is there"
-        )
-    loaded, refused = RunFolder(run.url).checkpoints.latest_valid()
+    loaded, refused = find_run(storage_path, run_name or "").checkpoints.latest_valid()
     for reason in refused:
         _note(f"passed over: {reason}")
     if loaded is None:
@@ -457,6 +459,35 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     for row in rows:
         table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
     _console().print(table)
+
+
+def _print_json(found: "Sequence[RunSummary | CheckpointSummary]") -> None:
+    print(json.dumps([{**asdict(item), "metrics": _finite(item.metrics)} for item in found]))
+
+
+def _print_runs(runs: "Sequence[RunSummary]") -> None:
+    rows = [
+        [run.name, run.state, run.step, _one_line(run.metrics), run.checkpoint, run.mlflow_run_id or ""] for run in runs
+    ]
+    _print_table(["run", "state", "step", "metrics", "checkpoint", "MLflow run"], rows)
+
+
+def _print_checkpoints(checkpoints: "Sequence[CheckpointSummary]") -> None:
+    """With the epochs that were trained."""
+    rows = [
+        [
+            item.step,
+            item.position and item.position.epoch,
+            "best" if item.is_best else "",
+            "damaged" if item.damage else _one_line(item.metrics),
+            item.url,
+        ]
+        for item in checkpoints
+    ]
+    _print_table(["step", "epochs", "", "metrics", "checkpoint"], rows)
+    for item in checkpoints:
+        if item.damage:
+            _note(item.damage)
 
 
 def _print_metrics(logs: Mapping[str, float]) -> None:

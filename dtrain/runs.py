@@ -10,13 +10,13 @@ import os
 import secrets
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoint import CheckpointStore, read_manifest
+from dtrain.checkpoint import Checkpoint, CheckpointStore, read_manifest
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.storage import Folder
 from dtrain.types import Position
@@ -45,6 +45,24 @@ class RunSummary:
     metrics: Mapping[str, float] = field(default_factory=dict)
     checkpoint: str | None = None
     mlflow_run_id: str | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """A committed checkpoint as its manifest tells it; only loading it tells whether it is whole.
+
+    Attributes:
+        is_best: whether `run.json` names it as the best.
+        damage: why the manifest cannot be used; None if it can.
+    """
+
+    step: int
+    url: str
+    is_best: bool
+    position: Position | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    created: str | None = None
+    damage: str | None = None
 
 
 class RunFolder:
@@ -109,7 +127,8 @@ class RunFolder:
     def write_info(self, info: Mapping[str, Any]) -> None:
         """Replaces `run.json`, at once and whole.
 
-        Plain JSON values. `list_runs` reads state, step, position ({"epoch": 0, "step": 0}), metrics, mlflow_run_id.
+        Plain JSON values. `list_runs` reads state, step, position ({"epoch": 0, "step": 0}), metrics, mlflow_run_id;
+        `list_checkpoints` reads best_checkpoint, a URL.
 
         Raises:
             OSError: it cannot be written.
@@ -158,6 +177,40 @@ def list_runs(storage_path: str | os.PathLike[str]) -> list[RunSummary]:
     except OSError as error:
         raise ConfigError(f"storage_path={os.fspath(storage_path)!r} cannot be read: {error}") from error
     return [_summary(RunFolder((storage / name).url)) for name in names]
+
+
+def find_run(storage_path: str | os.PathLike[str], name: str) -> RunFolder:
+    """The run of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    storage = os.fspath(storage_path)
+    folder = Folder(storage) / validate_name(name)
+    try:
+        is_there = _is_run(folder)
+    except OSError as error:
+        raise ConfigError(f"storage_path={storage!r} cannot be read: {error}") from error
+    if not is_there:
+        raise ConfigError(f"run_name={name!r} is no run in storage_path={storage!r}; `dtrain runs` lists what is there")
+    return RunFolder(folder.url)
+
+
+def list_checkpoints(run: RunFolder) -> list[CheckpointSummary]:
+    """The run's checkpoints, oldest first. What is damaged is listed with the reason.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
+    best = None
+    with suppress(OSError):
+        best = run.read_info().get("best_checkpoint")
+    # By its folder's name: the run may have been moved since.
+    name = best.rpartition("/")[2] if isinstance(best, str) else None
+    return [
+        _checkpoint_summary(checkpoint, checkpoint.url.rpartition("/")[2] == name)
+        for checkpoint in run.checkpoints.list()
+    ]
 
 
 def unique_name() -> str:
@@ -213,6 +266,15 @@ def _summary(run: RunFolder) -> RunSummary:
         checkpoint=newest.url if newest else None,
         mlflow_run_id=info.get("mlflow_run_id"),
     )
+
+
+def _checkpoint_summary(checkpoint: Checkpoint, is_best: bool) -> CheckpointSummary:
+    summary = CheckpointSummary(checkpoint.step, checkpoint.url, is_best)
+    try:
+        manifest = read_manifest(checkpoint.url)
+    except CheckpointError as error:
+        return replace(summary, damage=str(error))
+    return replace(summary, position=manifest.position, metrics=manifest.metrics, created=manifest.created)
 
 
 def _private_folder(url: str) -> Path:

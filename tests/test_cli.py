@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -328,7 +329,9 @@ def test_data_that_cannot_be_used_is_one_clear_message(run: Run, data: str, code
         (["fit", "net:make", "--data", "net:load", *SETTINGS, "--run-name", "../x"], "run_name='../x' has '/'"),
         (["evaluate", "net:make", "--data", "net:load"], "either --checkpoint URL or --run-name NAME; neither"),
         (["evaluate", "net:make", "--data", "net:load", "--run-name", "a", "--checkpoint", "b"], "both were given"),
-        (["evaluate", "net:make", "--data", "net:load", "--run-name", "gone"], "--run-name='gone' is no run in"),
+        (["evaluate", "net:make", "--data", "net:load", "--run-name", "gone"], "run_name='gone' is no run in"),
+        (["runs", "gone"], "run_name='gone' is no run in storage_path='dtrain_runs'"),
+        (["runs", "../gone"], "run_name='../gone' has '/'"),
         (["predict", "net:make", "--data", "net:load", "--output", "a.npz"], "neither was given"),
         (["predict", "net:make", "--data", "net:load", "--output", "no/a.npz"], "there is no folder no; make it"),
         (["predict", "net:make", "--data", "net:load", "--output", "."], "--output='.' is a folder"),
@@ -350,6 +353,31 @@ def test_a_checkpoint_that_is_missing_ends_with_1(run: Run, tmp_path: Path) -> N
 def test_runs_of_an_empty_place_are_no_error(run: Run) -> None:
     assert run("runs") == (0, "no runs in dtrain_runs\n")
     assert run("runs", "--json") == (0, "[]\n")
+
+
+def test_the_checkpoints_of_a_run_are_listed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    made = RunFolder.create("dtrain_runs", "first")
+    assert run("runs", "first") == (0, "no checkpoints of first in dtrain_runs\n")
+    urls = []
+    for epoch, loss in enumerate([0.5, 0.25, math.nan, 1.0], 1):
+        manifest = Manifest(step=4 * epoch, position=Position(epoch, 0), world_size=2, seed=0, metrics={"loss": loss})
+        urls.append(made.checkpoints.commit(made.checkpoints.stage(4 * epoch), manifest).url)
+    made.write_info({"state": "finished", "best_checkpoint": f"/before/it/was/moved/{Path(urls[1]).name}"})
+    (Path(urls[3]) / "manifest.json").write_text("{}")
+    code, printed = run("runs", "first")
+    head, *rows, note = printed.splitlines()
+    assert code == 0 and head.split() == ["step", "epochs", "metrics", "checkpoint"]
+    assert [row.split() for row in rows] == [
+        ["4", "1", "loss", "0.5000", urls[0]],
+        ["8", "2", "best", "loss", "0.2500", urls[1]],
+        ["12", "3", "loss", "nan", urls[2]],
+        ["16", "damaged", urls[3]],
+    ]
+    assert note.startswith(f"{urls[3]} is damaged: ")
+    listed = json.loads(run("runs", "first", "--json")[1])
+    assert [(item["step"], item["is_best"]) for item in listed] == [(4, False), (8, True), (12, False), (16, False)]
+    assert [item["metrics"] for item in listed] == [{"loss": 0.5}, {"loss": 0.25}, {"loss": None}, {}]
 
 
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (None, 0), (False, 1)])

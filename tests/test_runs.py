@@ -12,7 +12,7 @@ import pytest
 from dtrain import runs as module
 from dtrain.checkpoint import Manifest
 from dtrain.errors import ConfigError
-from dtrain.runs import RunFolder, RunSummary, list_runs, unique_name, validate_name
+from dtrain.runs import RunFolder, RunSummary, find_run, list_checkpoints, list_runs, unique_name, validate_name
 from dtrain.types import Position
 
 
@@ -160,6 +160,19 @@ def test_runs_are_listed(storage: str) -> None:
         RunSummary("a", second.url, "running", 9, Position(4, 2), {"loss": 0.5}, None, "f00"),
         RunSummary("b", first.url, "created", 6, Position(2, 1), {"loss": 0.25}, newest, None),
     ]
+
+
+def test_a_run_is_found_by_its_name_and_its_checkpoints_are_listed(storage: str) -> None:
+    run = RunFolder.create(storage, "run")
+    urls = [commit(run, step) for step in (3, 6)]
+    assert find_run(storage, "run").url == run.url
+    run.write_info({"best_checkpoint": urls[0]})
+    listed = list_checkpoints(find_run(storage, "run"))
+    assert [(c.step, c.url, c.is_best) for c in listed] == [(3, urls[0], True), (6, urls[1], False)]
+    assert {(c.position, c.metrics["loss"], c.damage) for c in listed} == {(Position(2, 1), 0.25, None)}
+    for name in ("gone", "../run", "run/checkpoints"):
+        with pytest.raises(ConfigError, match="run_name="):
+            find_run(storage, name)
 
 
 def test_a_damaged_run_is_listed_with_what_can_be_told(tmp_path: Path) -> None:
