@@ -16,7 +16,7 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from operator import index
@@ -190,7 +190,7 @@ class CheckpointStore:
         """Makes the staged files a checkpoint, all or nothing; called by the controller alone.
 
         Raises:
-            CheckpointError: a file of the manifest is not there, or writing failed. To `discard` it leaves nothing.
+            CheckpointError: a file of the manifest is not there, or writing failed. Then there is no such checkpoint.
         """
         if manifest.step != staging.step:
             raise ValueError(f"the manifest is of step {manifest.step}, the staging folder of step {staging.step}")
@@ -198,16 +198,20 @@ class CheckpointStore:
         sealed = _encode(manifest)
         with _as_checkpoint_error(target.url, "committed", "free space, or choose another storage_path"):
             _check_staged(staged, manifest)
-            if staged.url != target.url:
-                staged.move(target)
-            target.replace(MANIFEST, sealed)
+            try:
+                if staged.url != target.url:
+                    staged.move(target)
+                target.replace(MANIFEST, sealed)
+            except OSError:
+                with suppress(OSError):
+                    _remove(target)  # it would fill the disk, or be there although it was said not to be
+                raise
         return Checkpoint(target.url, manifest.step)
 
     def discard(self, staging: Staging) -> None:
-        """Removes a staging folder that will not be committed, and what a commit that failed has made of it."""
+        """Removes a staging folder that will not be committed."""
         with _as_checkpoint_error(staging.url, "removed", "remove it by hand"):
-            _remove(Folder(staging.url))
-            _remove(self._root / staging.target)
+            Folder(staging.url).remove()
 
     def list(self) -> tuple[Checkpoint, ...]:
         """The committed checkpoints, oldest first. Only `load` tells whether they are whole."""
