@@ -3,7 +3,8 @@
 It finds what the user named, calls Trainer and prints what came of it; it decides nothing about training. Whatever is
 slow to import is imported by the command that needs it, so that `dtrain --help` answers at once.
 
-Exit codes: 0 done; 1 failed; 2 usage; 130 interrupted. Results go to standard output, all else to standard error.
+Exit codes: 0 done; 1 failed; 2 usage; 130 interrupted by Ctrl-C, 143 by SIGTERM. Results go to standard output, all
+else to standard error.
 """
 
 import contextlib
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from dtrain.runs import CheckpointSummary, RunSummary
     from dtrain.trainer import Trainer
 
-INTERRUPTED = 130
-"""Typer's exit code after Ctrl-C."""
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes after Ctrl-C, which is Typer's, and after SIGTERM: those that shells have for them."""
 
 app = typer.Typer(
     name="dtrain",
@@ -83,8 +84,8 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if end.code == INTERRUPTED:
-            _note("interrupted")
+        if end.code in (INTERRUPTED, TERMINATED):
+            _note("interrupted" if end.code == INTERRUPTED else "terminated")
         raise
     except (ConfigError, DataError) as error:
         _end(str(error), 2)
@@ -363,13 +364,17 @@ def find_checkpoint(url: str | None, run_name: str | None, storage_path: str) ->
 @contextlib.contextmanager
 def _trainer(make_model: Any, config: Mapping[str, Any] | None, **arguments: Any) -> "Iterator[Trainer]":
     """A Trainer that is shut down whatever happens, at once: its weights are in the checkpoints."""
+    from dtrain.interrupts import Terminated
     from dtrain.trainer import Trainer
 
     trainer = Trainer(make_model, config=config, **arguments)
     try:
-        yield trainer
-    finally:
-        trainer.shutdown(keep_weights=False)
+        try:
+            yield trainer
+        finally:
+            trainer.shutdown(keep_weights=False)
+    except Terminated as end:
+        raise typer.Exit(TERMINATED) from end
 
 
 @contextlib.contextmanager

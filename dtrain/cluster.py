@@ -18,6 +18,7 @@ import ray
 import ray.cloudpickle
 
 from dtrain.errors import ConfigError
+from dtrain.interrupts import handlers_kept
 
 log = logging.getLogger("dtrain")
 
@@ -65,7 +66,7 @@ def connect(address: str | None, holder: object) -> None:
     logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_no_token_notice)
     umask = os.umask(0o077)  # Ray writes the token file as any other
     try:
-        with _workers_in_this_environment() if address is None else contextlib.nullcontext():
+        with handlers_kept(), _workers_in_this_environment() if address is None else contextlib.nullcontext():
             ray.init(
                 address=address or "local",
                 namespace=NAMESPACE,

@@ -24,6 +24,7 @@ from dtrain.doctor import quick_horovod_problem
 from dtrain.errors import ConfigError
 from dtrain.fit_run import FitRun
 from dtrain.history import History
+from dtrain.interrupts import Interrupts
 from dtrain.progress import ProgressBar
 from dtrain.runs import unique_name, validate_name
 from dtrain.tracking import NullTracker
@@ -132,6 +133,7 @@ class Trainer:
         self._threads = threads_per_worker
         self._strategy = placement_strategy
         self._runtime_env = dict(runtime_env or {})
+        self.interrupts = Interrupts()
         self._group: WorkerGroup | None = None
         self._num_fits = 0
         self._weights = Weights(model_fn, config)
@@ -193,9 +195,10 @@ class Trainer:
             record_steps=self.tracking is not None,
         )
         hooks = arguments.callback_list(callbacks)
-        run = FitRun(self, wanted, verbose, self._name_of_next_fit())
-        self._num_fits += 1
-        return run.train(hooks)
+        with self.interrupts:
+            run = FitRun(self, wanted, verbose, self._name_of_next_fit())
+            self._num_fits += 1
+            return run.train(hooks)
 
     def evaluate(
         self,
@@ -310,13 +313,15 @@ class Trainer:
     def shutdown(self, keep_weights: bool = True) -> None:
         """Stop the workers. The weights are kept unless told otherwise; the next verb starts workers again."""
         group, self._group = self._group, None
-        try:
-            if group is not None and keep_weights:
-                self._weights.keep(group)
-        finally:
-            if group is not None:
-                group.close()
-            cluster.disconnect(self)
+        with self.interrupts:
+            try:
+                if group is not None and keep_weights:
+                    self._weights.keep(group)
+            finally:
+                with self.interrupts.graceful():  # an end that is cut short leaves processes behind
+                    if group is not None:
+                        group.close()
+                    cluster.disconnect(self)
 
     def __enter__(self) -> Self:
         return self
@@ -371,7 +376,7 @@ class Trainer:
             settings=lambda cpus, workers_on_node: self._settings(run_name, cpus, workers_on_node),
             runtime_env=self._runtime_env,
         )
-        group = WorkerGroup(spec)
+        group = WorkerGroup(spec, self.interrupts)
         try:
             group.start(display.status)
             self._enter_directory(group)
@@ -434,7 +439,7 @@ class Trainer:
     ) -> list[Any]:
         """Run `evaluate` or `predict` on all workers; what each returned."""
         hooks = arguments.callback_list(callbacks)
-        with ProgressBar(verbose, 1, workers=self.num_workers, task=task) as display:
+        with self.interrupts, ProgressBar(verbose, 1, workers=self.num_workers, task=task) as display:
             group, opened = self.start(data, plan, display, task)
             display.expect(opened.steps_per_epoch)
             controller = Controller(group, NullTracker(), display)
@@ -446,10 +451,10 @@ class Trainer:
             return results
 
     def _on_batch(self, kind: str, source: DataSource) -> Logs:
-        with ProgressBar(0) as display:
+        with self.interrupts, ProgressBar(0) as display:
             group, _ = self.start(source, BatchPlan(len(source), len(source)), display, "evaluate")
-        logs: Logs = group.call("on_batch", kind)[0]
-        return logs
+            logs: Logs = group.call("on_batch", kind)[0]
+            return logs
 
     def _flat_logs(self, logs: Logs) -> Any:
         """Keras's form of logs where no dict is asked for: the loss alone, or a list, with names that occur twice."""

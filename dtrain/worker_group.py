@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dtrain.cluster import NAMESPACE, who_is_using
 from dtrain.errors import ConfigError, WorkerError
+from dtrain.interrupts import Interrupts
 from dtrain.rendezvous import RendezvousServer, assign
 from dtrain.types import Array, Failure, ModelDescription, Progress, WorkerInfo, WorkerSettings
 from dtrain.worker import Worker
@@ -70,10 +71,16 @@ class GroupSpec:
 
 
 class WorkerGroup:
-    """The workers of one Trainer, from `start` to `close`."""
+    """The workers of one Trainer, from `start` to `close`.
 
-    def __init__(self, spec: GroupSpec) -> None:
+    Args:
+        spec: what it is made of.
+        interrupts: ends every wait within moments. The workers go on: what becomes of them is the caller's to say.
+    """
+
+    def __init__(self, spec: GroupSpec, interrupts: Interrupts) -> None:
         self.spec = spec
+        self._interrupts = interrupts
         self.workers: tuple[WorkerInfo, ...] = ()
         self.description: ModelDescription | None = None
         """The model that the workers hold, once it is built."""
@@ -134,24 +141,28 @@ class WorkerGroup:
         failures: dict[int, Failure] = {}
         pending = {call: rank for rank, call in enumerate(calls)}
         deadline = time.monotonic() + patience
-        while pending and time.monotonic() < deadline:
-            ready, _ = ray.wait(list(pending), num_returns=1 if failures else len(pending), timeout=POLL_SECONDS)
-            for call in ready:
-                rank = pending.pop(call)
-                result = _outcome(call)
-                if isinstance(result, Failure) and not failures:
-                    deadline = min(deadline, time.monotonic() + BLAME_SECONDS)
-                (failures if isinstance(result, Failure) else results)[rank] = result
-            if failures and any(not failure.lost_peer for failure in failures.values()):
-                break  # the culprit is known; the others are stuck waiting for it
-            watch(False)
+        with self._interrupts.watched():
+            while pending and time.monotonic() < deadline:
+                ready, _ = ray.wait(list(pending), num_returns=1 if failures else len(pending), timeout=POLL_SECONDS)
+                for call in ready:
+                    rank = pending.pop(call)
+                    result = _outcome(call)
+                    if isinstance(result, Failure) and not failures:
+                        deadline = min(deadline, time.monotonic() + BLAME_SECONDS)
+                    (failures if isinstance(result, Failure) else results)[rank] = result
+                if failures and any(not failure.lost_peer for failure in failures.values()):
+                    break  # the culprit is known; the others are stuck waiting for it
+                self._interrupts.check()
+                watch(False)
         if pending and not failures:
             failures[min(pending.values())] = Failure(_NOT_STARTED.format(patience), traceback="")
         if failures:
             watch(True)  # what the user's code printed before it raised
             error = self._error_from(failures)
-            self.rescued = self._rescue()
-            self.close()
+            try:
+                self.rescued = self._rescue()
+            finally:
+                self.close()
             raise error
         return [results[rank] for rank in range(len(calls))]
 
@@ -176,19 +187,23 @@ class WorkerGroup:
         return None
 
     def close(self) -> None:
-        """End all processes and give back their room. May be called again, and in any state."""
-        actors, self._actors = self._actors, []
-        placement, self._placement = self._placement, None
-        rendezvous, self._rendezvous = self._rendezvous, None
-        try:
-            if ray.is_initialized():  # or they have ended with it
-                for actor in actors:
-                    ray.kill(actor, no_restart=True)
-                if placement is not None:
-                    remove_placement_group(placement)
-        finally:
-            if rendezvous is not None:
-                rendezvous.close()
+        """End all processes and give back their room. May be called again, and in any state.
+
+        Takes moments, which Ctrl-C does not cut short: it is raised where the verb goes on.
+        """
+        with self._interrupts.graceful():
+            actors, self._actors = self._actors, []
+            placement, self._placement = self._placement, None
+            rendezvous, self._rendezvous = self._rendezvous, None
+            try:
+                if ray.is_initialized():  # or they have ended with it
+                    for actor in actors:
+                        ray.kill(actor, no_restart=True)
+                    if placement is not None:
+                        remove_placement_group(placement)
+            finally:
+                if rendezvous is not None:
+                    rendezvous.close()
 
     def _rescue(self) -> dict[str, Array] | None:
         """Rank 0's state, which is the job's, if it can still tell it."""
@@ -205,9 +220,11 @@ class WorkerGroup:
     def _reserve(self, status: Callable[[str], None]) -> None:
         bundles = [dict(self.spec.resources)] * self.spec.num_workers
         name = f"dtrain:{self.spec.run_name}"
-        self._placement = placement_group(bundles, self.spec.strategy, name=name)
+        with self._interrupts.graceful():  # one that is made and not known would keep its room
+            self._placement = placement_group(bundles, self.spec.strategy, name=name)
         started = time.monotonic()
         while not self._placement.wait(timeout_seconds=2):
+            self._interrupts.check()
             waited = time.monotonic() - started
             status(f"waiting {waited:.0f} s for {self.spec.num_workers} workers' room, held by {who_is_using()}")
 

@@ -20,6 +20,7 @@ from models import blobs, make_classifier
 import dtrain
 from dtrain import worker_group
 from dtrain.errors import ConfigError, DataError, DtrainError, WorkerError
+from dtrain.interrupts import Interrupts
 
 for module in (models, sys.modules[__name__]):  # the workers do not have the tests' folder on their path
     cloudpickle.register_pickle_by_value(module)
@@ -136,7 +137,7 @@ def start_one(runtime_env: dict[str, Any]) -> None:
         raise AssertionError("it was not to start")
 
     group = worker_group.WorkerGroup(
-        worker_group.GroupSpec("unstartable", 1, {"CPU": 1.0}, "PACK", settings, runtime_env)
+        worker_group.GroupSpec("unstartable", 1, {"CPU": 1.0}, "PACK", settings, runtime_env), Interrupts()
     )
     group.start()
 
