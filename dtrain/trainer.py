@@ -175,6 +175,7 @@ class Trainer:
         Raises:
             ConfigError, DataError: what was passed is wrong; no worker was started.
             WorkerError: a worker raised or died; carries its rank, host and traceback.
+            KeyboardInterrupt: Ctrl-C; for SIGTERM `dtrain.interrupts.Terminated`, which is one.
         """
         wanted = arguments.fit_arguments(
             x,
