@@ -108,6 +108,8 @@ class RunFolder:
                     "another storage_path"
                 )
             run._probe()
+            if run._is_new:
+                run._put_old_journal_aside()
             run.journal_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             if INFO not in run._folder.entries():
                 run.write_info({"state": "created", "created": datetime.now(UTC).isoformat(timespec="seconds")})
@@ -154,6 +156,12 @@ class RunFolder:
                 return False
             raise
         return True
+
+    def _put_old_journal_aside(self) -> None:
+        """A run whose folder was removed from remote storage leaves its journal here: it is not the new run's."""
+        if self.journal_path.exists():
+            folder = self.journal_path.parent
+            folder.rename(f"{folder}-{secrets.token_hex(4)}")
 
     def _probe(self) -> None:
         # Writing is tried: access rights do not tell of read-only mounts, full disks and refused credentials.

@@ -106,6 +106,15 @@ def test_an_existing_run_names_both_ways_out(storage: str) -> None:
     assert again.url == run.url and again.read_info()["state"] == "finished"
 
 
+def test_a_new_run_does_not_take_up_the_journal_of_one_that_was_removed(storage: str) -> None:
+    old = RunFolder.create(storage, "again")
+    old.journal_path.write_text("old\n")
+    assert RunFolder.create(storage, "again", exist_ok=True).journal_path.exists()
+    old.discard()
+    new = RunFolder.create(storage, "again")
+    assert new.journal_path == old.journal_path and not new.journal_path.exists()
+
+
 def test_of_many_who_make_one_run_exactly_one_wins(tmp_path: Path) -> None:
     def make(name: str) -> bool:
         try:
