@@ -56,19 +56,18 @@ class Journal:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         self._waiting: deque[bytes] = deque(maxlen=10_000)
         self._failing = False
-        self.size = self._cut_torn_line()
+        self.size = self._end_of_whole_lines()
+        self._is_torn = True
 
-    def _cut_torn_line(self) -> int:
-        """A process that was killed while writing leaves half a line behind."""
-        end = size = os.fstat(self._fd).st_size
+    def _end_of_whole_lines(self) -> int:
+        """A process that was killed while writing leaves half a line behind; the next append cuts it off."""
+        end = os.fstat(self._fd).st_size
         while end > 0:
             start = max(0, end - 65_536)
             newline = os.pread(self._fd, end - start, start).rfind(b"\n")
             end = start + newline + 1
             if newline >= 0:
                 break
-        if end < size:
-            os.ftruncate(self._fd, end)
         return end
 
     @property
@@ -83,21 +82,35 @@ class Journal:
         )
         data = b"".join(self._waiting)
         try:
+            if self._is_torn:
+                os.ftruncate(self._fd, self.size)
+            self._is_torn = True  # until all of it is written
             while data:
                 data = data[os.write(self._fd, data) :]
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, self.size)
             if not self._failing:
                 _logger.warning("cannot write %s (%s); the newest lines wait in memory", self.path, error)
             self._failing = True
             return
-        self._failing = False
+        self._failing = self._is_torn = False
         self.size += sum(map(len, self._waiting))
         self._waiting.clear()
 
+    def sync(self) -> None:
+        """Has the disk keep what is written, through a loss of power too; a disk that cannot is no error."""
+        with contextlib.suppress(OSError):
+            os.fsync(self._fd)
+            folder = os.open(self.path.parent, os.O_RDONLY)  # The file's name stands in its folder.
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
     def read(self, start: int = 0, end: int | None = None) -> Iterator[tuple[Event, int]]:
-        """The events from the offset `start` to `end`, each with the offset behind it."""
+        """The events from the offset `start` to `end`, each with the offset behind it.
+
+        A line that is none, as a loss of power may leave, is the event "unreadable".
+        """
         end = self.size if end is None else end
         with open(self.path, "rb") as file:
             file.seek(start)
@@ -105,7 +118,15 @@ class Journal:
                 start += len(line)
                 if start > end:
                     return
-                yield json.loads(line), start
+                yield _event(line), start
+
+
+def _event(line: bytes) -> Event:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        event = None
+    return event if isinstance(event, dict) and "event" in event else {"event": "unreadable"}
 
 
 # Per-step series ----------------------------------------------------------------------------------------------------

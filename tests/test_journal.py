@@ -114,6 +114,32 @@ def test_half_a_line_of_a_killed_process_is_cut_off(journal: Journal) -> None:
     assert [json.loads(line)["n"] for line in journal.path.read_text().splitlines()] == [1, 2]
 
 
+def test_a_journal_of_a_process_that_was_killed_at_any_byte_is_gone_on_with(journal: Journal) -> None:
+    whole: list[Event] = [{"event": "start"}, metrics(1, 1, loss=0.5), {"event": "text", "text": "{}\n\x00"}]
+    journal.append(*whole)
+    written = journal.path.read_bytes()
+    for size in range(len(written) + 1):
+        journal.path.write_bytes(written[:size])
+        again = Journal(journal.path)
+        kept = [event for event, _ in again.read()]
+        assert kept == whole[: written[:size].count(b"\n")]
+        assert journal.path.read_bytes() == written[:size]  # To read it, as `replay` does, changes nothing.
+        again.append(FINISH)
+        assert [event for event, _ in Journal(journal.path).read()] == [*kept, FINISH]
+
+
+def test_what_a_loss_of_power_left_of_a_line_does_not_stop_the_rest(journal: Journal) -> None:
+    journal.append({"event": "start"})
+    with journal.path.open("ab") as file:
+        file.write(b"\x00" * 100 + b'5}\n7\n{"no": 1}\n')
+    again = Journal(journal.path)
+    again.append(metrics(1, 1, loss=1.0))
+    again.sync()
+    store = Store()
+    assert Sender(again, store).drain(DEADLINE)
+    assert store.events[0] == {"event": "start"} and store.points == [("loss", 1.0, 1, 1)]
+
+
 def test_user_names_and_passwords_in_urls_are_not_written(journal: Journal) -> None:
     journal.append({"event": "text", "text": "see s3://key:CANARY@bucket/runs"})
     assert "s3://***@bucket/runs" in journal.path.read_text()
