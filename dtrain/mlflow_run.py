@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import posixpath
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -35,6 +37,10 @@ PARAMS_PER_BATCH = 100
 """MLflow takes no more params or tags in one request."""
 KEY_TAG = "dtrain.journal"
 """The tag that a run is found by again."""
+ERROR_TAG = "dtrain.error"
+"""Why the newest attempt failed."""
+ATTEMPTS_TAG = "dtrain.attempts"
+"""How many attempts a resumed run has had. What is an attempt's own is tagged dtrain.attempt.<number>.<name>."""
 
 _logger = logging.getLogger("dtrain")
 
@@ -43,7 +49,8 @@ class MLflowRun:
     """Writes a journal's events to a run. Each may be sent again after a failure in the middle of it.
 
     MLflow keys a point by run, name, timestamp, step and value, and all of them stand in the journal: so a point
-    that is sent twice is there once.
+    that is sent twice is there once. Steps up to where a metric had got when this process came to the run are left
+    out: an earlier attempt sent them, perhaps from another machine, whose journal is not here.
 
     Args:
         config: where; what it leaves open comes from MLFLOW_* variables, then "dtrain" and sqlite:///mlflow.db.
@@ -64,7 +71,9 @@ class MLflowRun:
         self._journal = journal
         self._make_client = make_client
         self._made: Any = None
-        self._model_ids: dict[str, str] = {}
+        self._on_record: Callable[[str, int], bool] | None = None
+        self._first_attempt = self._attempt = 1
+        """The attempts that began the journal and that is being sent."""
 
     @property
     def _client(self) -> Any:
@@ -135,7 +144,10 @@ class MLflowRun:
         """Sends points of any number."""
         from mlflow.entities import Metric
 
-        metrics = [Metric(_name(key), value, when, step) for key, value, when, step in points]
+        if self._on_record is None:
+            self._on_record = _on_record(self._client.get_run(self.run_id))
+        named = [(_name(key), value, when, step) for key, value, when, step in points]
+        metrics = [Metric(*point) for point in named if not self._on_record(point[0], point[3])]
         for chunk in _chunks(metrics, POINTS_PER_BATCH):
             self._client.log_batch(self.run_id, metrics=chunk)
 
@@ -171,38 +183,74 @@ class MLflowRun:
 
     def forget(self) -> None:
         """The run is gone, and is to be made again."""
-        self.run_id = None
-        self._model_ids.clear()
+        self.run_id = self._on_record = None
         if sqlite_path(self.uri):  # The file may be a new one.
             self._made = None
 
     def state(self) -> dict[str, Any]:
         """What a later process needs in order to go on with the run."""
-        return {"uri": mask(self.uri), "experiment_id": self.experiment_id, "run_id": self.run_id}
+        return {
+            "uri": mask(self.uri),
+            "experiment_id": self.experiment_id,
+            "run_id": self.run_id,
+            "attempts": [self._first_attempt, self._attempt],
+        }
 
     def restore(self, state: Mapping[str, Any]) -> bool:
         """Goes on with an earlier process's run; False if that was somewhere else."""
         if state["uri"] != mask(self.uri):
             return False
         self.run_id, self.experiment_id = state["run_id"], state["experiment_id"]
+        self._first_attempt, self._attempt = state["attempts"]
         return True
 
     # The events
 
     def _start(self, event: Event) -> None:
+        """Makes the run, or goes on with it: an attempt that is not the first has its changes in tags of its own."""
         tags = {_name(key): mask(str(value))[:5000] for key, value in event["tags"].items()}
         tags[KEY_TAG] = event["key"]
         if self.run_id is None:
             self.experiment_id = self._find_experiment()
             self.run_id = self._find_run(event["key"]) or self._create_run(event, tags)
-        else:
-            self._client.update_run(self.run_id, status="RUNNING")
         self.on_run(self.run_id)
-        self._params_and_tags(event["params"], tags)
-        if event["datasets"]:
+        run = self._client.get_run(self.run_id)
+        last = _last_attempt(run)
+        number = self._attempt = _attempt(run, event["time"])
+        if event["is_first"]:
+            self._first_attempt = number
+        prefix = f"dtrain.attempt.{number}."
+        if number >= last and run.info.status != "RUNNING":
+            self._client.update_run(self.run_id, status="RUNNING")
+        if number > last:
+            self._put_error_aside(run, last)
+        if number > 1:
+            changed = {_name(prefix + key): value[:5000] for key, value in _changed(run, event["params"]).items()}
+            tags = {f"{prefix}started": _iso(event["time"]), ATTEMPTS_TAG: str(max(number, last))} | tags | changed
+        tags |= self._missing_steps(run, event["known_steps"], f"{prefix}missing")
+        self._params_and_tags(run, event["params"], tags)
+        if event["datasets"]:  # MLflow has each of them once.
             self._client.log_inputs(self.run_id, datasets=[_dataset_input(d) for d in event["datasets"]])
         if event["summary"]:
             self._client.log_text(self.run_id, event["summary"], "model_summary.txt")
+
+    def _missing_steps(self, run: Any, known_steps: int, tag: str) -> dict[str, str]:
+        """A tag that says which steps neither MLflow nor the journal has; a line that says so, too."""
+        reached = max(_newest_steps(run).values(), default=-1) + 1
+        if reached >= known_steps:
+            return {}
+        _logger.warning(
+            "%s does not have steps %d to %d of the run: they are in the journal on the machine that trained them, and "
+            "dtrain.tracking.replay sends them from there",
+            self.name, reached, known_steps - 1,
+        )  # fmt: skip
+        return {tag: f"{reached}-{known_steps - 1}"}
+
+    def _put_error_aside(self, run: Any, number: int) -> None:
+        """An earlier attempt's error is no longer the run's."""
+        if error := run.data.tags.get(ERROR_TAG):
+            self._client.set_tag(self.run_id, f"dtrain.attempt.{number}.error", error)
+            self._client.delete_tag(self.run_id, ERROR_TAG)
 
     def _experiment(self) -> Any:
         """The experiment; None if it is yet to be made."""
@@ -236,16 +284,11 @@ class MLflowRun:
         )
         return str(run.info.run_id)
 
-    def _params_and_tags(self, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+    def _params_and_tags(self, run: Any, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         from mlflow.entities import Param, RunTag
 
-        known = self._client.get_run(self.run_id).data.params
         named = {_name(key): value for key, value in params.items()}
-        # MLflow keeps a param's first value for ever, and refuses another.
-        changed = [key for key, value in named.items() if key in known and known[key] != value]
-        if changed:
-            _logger.info("MLflow keeps the run's first values of the params %s", ", ".join(changed))
-        new = [Param(key, value) for key, value in named.items() if key not in known]
+        new = [Param(key, value) for key, value in named.items() if key not in run.data.params]
         for params_chunk in _chunks(new, PARAMS_PER_BATCH):
             self._client.log_batch(self.run_id, params=params_chunk)
         for tags_chunk in _chunks([RunTag(key, value) for key, value in tags.items()], PARAMS_PER_BATCH):
@@ -267,10 +310,7 @@ class MLflowRun:
         path = event["path"]
         if not os.path.exists(path):  # Sent by an earlier process that was killed before it could say so.
             return
-        model_id = self._model_ids.get(path)
-        if model_id is None:
-            made = self._client.create_logged_model(self.experiment_id, name=event["name"], source_run_id=self.run_id)
-            model_id = self._model_ids[path] = made.model_id
+        model_id = self._logged_model(event["name"])
         described = Model.load(path)
         described.run_id, described.model_id, described.model_uuid = self.run_id, model_id, model_id
         described.artifact_path = self._client.get_logged_model(model_id).artifact_location
@@ -282,11 +322,59 @@ class MLflowRun:
             self._client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step=0)])
         shutil.rmtree(Path(path).parent, ignore_errors=True)
 
+    def _logged_model(self, name: str) -> str:
+        """The run's model: what is there, because sending was broken off or by an earlier attempt, is replaced."""
+        mine = f"source_run_id = '{self.run_id}' AND name = '{name}'"
+        found = self._client.search_logged_models([self.experiment_id], mine, max_results=1)
+        model = found[0] if found else self._client.create_logged_model(self.experiment_id, name, self.run_id)
+        return str(model.model_id)
+
     def _finish(self, event: Event) -> None:
+        # A journal that began on another machine, where the run went on, stands beside the first one's.
+        folder = f"attempt-{self._first_attempt}" if self._first_attempt > 1 else None
+        self._client.log_artifact(self.run_id, str(self._journal), folder)
+        if self._attempt < _last_attempt(self._client.get_run(self.run_id)):
+            return  # This one is sent late, or again, and does not decide how the run ends.
         if event["error"]:
-            self._client.set_tag(self.run_id, "dtrain.error", mask(event["error"])[:5000])
-        self._client.log_artifact(self.run_id, str(self._journal))
+            self._client.set_tag(self.run_id, ERROR_TAG, mask(event["error"])[:5000])
         self._client.set_terminated(self.run_id, event["status"], event["time"])
+
+
+def _newest_steps(run: Any) -> dict[str, int]:
+    """The newest step of each metric."""
+    return {metric.key: metric.step for metric in run.data.to_proto().metrics}
+
+
+def _on_record(run: Any) -> Callable[[str, int], bool]:
+    """Tells of a metric and a step whether the run has them: all up to the metric's newest but those marked missing."""
+    newest = _newest_steps(run)
+    tags = (f"{key}={value}" for key, value in run.data.tags.items())
+    spans = (re.fullmatch(r"dtrain\.attempt\.\d+\.missing=(\d+)-(\d+)", tag) for tag in tags)
+    missing = [range(int(span[1]), int(span[2]) + 1) for span in spans if span]
+    return lambda key, step: step <= newest.get(key, -1) and not any(step in span for span in missing)
+
+
+def _attempt(run: Any, started: int) -> int:
+    """The number, from 1, of the attempt that began at this time; the next one if MLflow does not know of it yet."""
+    if run.info.start_time == started:
+        return 1
+    numbers = range(2, _last_attempt(run) + 1)
+    known = (i for i in numbers if run.data.tags.get(f"dtrain.attempt.{i}.started") == _iso(started))
+    return next(known, numbers.stop)
+
+
+def _last_attempt(run: Any) -> int:
+    """The number of the newest attempt that MLflow knows of."""
+    return next(i for i in itertools.count(1) if f"dtrain.attempt.{i + 1}.started" not in run.data.tags)
+
+
+def _changed(run: Any, params: Mapping[str, str]) -> dict[str, str]:
+    """The params whose value is another than the run's: MLflow keeps a param's first value for ever."""
+    return {key: value for key, value in params.items() if run.data.params.get(_name(key), value) != value}
+
+
+def _iso(milliseconds: int) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds")
 
 
 def save_model(model: Any, path: Path, example_input: Any, example_output: Any) -> None:

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from dtrain.config import MLflowConfig
-from dtrain.errors import TrackingError
+from dtrain.errors import ConfigError, TrackingError
 from dtrain.journal import Journal, Sender, brief
 from dtrain.journal import mask as mask
 from dtrain.mlflow_run import MLflowRun, save_model, sqlite_path
@@ -81,6 +81,19 @@ class RunDescription:
     summary: str = ""
 
 
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a checkpoint says of the record, so that a resumed training goes on with it wherever it runs.
+
+    Attributes:
+        key: the run's own; MLflow and the journal have it.
+        step: mini-batches on record: those before this step are not recorded again.
+    """
+
+    key: str
+    step: int
+
+
 class Tracker(Protocol):
     """What records a run. Nothing here waits for a network or raises because of one, except `check`."""
 
@@ -93,6 +106,9 @@ class Tracker(Protocol):
 
     def start(self, description: RunDescription) -> None:
         """Makes the run, or goes on with the one that the journal belongs to."""
+
+    def tracked(self) -> TrackedRun | None:
+        """What the next checkpoint is to say of the record; from now on the record outlives a loss of power."""
 
     def log(self, step: int, metrics: Mapping[str, float], timestamp_ms: int | None = None) -> None:
         """Records metrics of an epoch or another rare event. A metric's steps must rise; older ones are left out."""
@@ -128,13 +144,23 @@ class Tracker(Protocol):
 
 
 class NullTracker:
-    """Records nothing."""
+    """Records nothing.
+
+    Args:
+        resume: what an earlier attempt recorded; handed on, so that a later one can go on with it.
+    """
 
     run_id: str | None = None
+
+    def __init__(self, resume: TrackedRun | None = None) -> None:
+        self._resume = resume
 
     def check(self) -> None: ...
 
     def start(self, description: RunDescription) -> None: ...
+
+    def tracked(self) -> TrackedRun | None:
+        return self._resume
 
     def log(self, step: int, metrics: Mapping[str, float], timestamp_ms: int | None = None) -> None: ...
 
@@ -163,7 +189,8 @@ class MLflowTracker:
     """Records a run in MLflow, by way of a journal.
 
     A journal that exists is gone on with: the same run, from where MLflow has got to. So a restarted job, and
-    `replay` after an outage, need nothing but the file.
+    `replay` after an outage, need nothing but the file. Where the file is missing, because the job goes on on another
+    machine, or lacks the newest steps, `resume` stands in for it.
 
     Args:
         config: where to record; what it leaves open comes from MLFLOW_* variables, then "dtrain" and
@@ -172,6 +199,10 @@ class MLflowTracker:
             until they are sent, artifacts in `<journal>.artifacts`.
         make_client: makes an mlflow.MlflowClient for a tracking URI.
         on_run: is called with the run's id when there is one, in another thread.
+        resume: what the checkpoint that training goes on from says of the record.
+
+    Raises:
+        ConfigError: the journal is of another run than `resume`; it is left as it is.
     """
 
     def __init__(
@@ -180,6 +211,7 @@ class MLflowTracker:
         journal: str | os.PathLike[str],
         make_client: "Callable[[str], MlflowClient] | None" = None,
         on_run: Callable[[str], None] = lambda run_id: None,
+        resume: TrackedRun | None = None,
     ) -> None:
         self._config = config or MLflowConfig()
         self._journal = Journal(Path(journal).absolute())
@@ -188,24 +220,38 @@ class MLflowTracker:
         self._run.on_run = on_run
         self._sender = Sender(self._journal, self._run, self._config.log_every)
         self._finished = False
-        self._recover()
+        self._recover(resume)
 
-    def _recover(self) -> None:
-        """Reads from an earlier process's journal what is on record, so that no step is recorded twice."""
-        self._key = uuid.uuid4().hex
+    def _recover(self, resume: TrackedRun | None) -> None:
+        """Finds what is on record already, so that no step is recorded twice."""
+        key: str | None = None
         self._last_step: dict[str, int] = {}
         self._last_series_step = -1
         self._last_time = 0
         for event, _ in self._journal.read():
             match event["event"]:
                 case "start":
-                    self._key = event["key"]
+                    key = key or event["key"]
                 case "metrics":
                     self._last_step |= dict.fromkeys(event["metrics"], event["step"])
                     self._last_time = event["time"]
                 case "steps":
                     self._last_series_step = event["first_step"] + min(map(len, event["metrics"].values())) - 1
                     self._last_time = event["end"]
+        if resume is not None and key not in (None, resume.key):
+            raise ConfigError(
+                f"journal={os.fspath(self._journal.path)!r} is of another run than the checkpoint to resume from: move "
+                "the journal and what stands beside it under its name away, or give another run_name"
+            )
+        self._is_first = key is None
+        self._key = key or (resume.key if resume else uuid.uuid4().hex)
+        self._known_steps = 0
+        if resume is not None and self._steps_on_record() < resume.step:
+            self._known_steps = resume.step
+            self._last_series_step = resume.step - 1
+
+    def _steps_on_record(self) -> int:
+        return max(self._last_series_step, *self._last_step.values(), -1) + 1
 
     @property
     def run_id(self) -> str | None:
@@ -225,17 +271,33 @@ class MLflowTracker:
         self._sender.start()
 
     def start(self, description: RunDescription) -> None:
-        """Makes the run, or goes on with the one that the journal belongs to; does not wait for it."""
+        """Makes the run, or goes on with the one that the journal belongs to; does not wait for it.
+
+        Called by every attempt of a run. MLflow keeps the first one's params; where a later one's differ, they are tags
+        of the run, such as dtrain.attempt.2.epochs.
+        """
         self._append(
             "start",
             key=self._key,
+            is_first=self._is_first,
+            known_steps=self._known_steps,
             name=description.run_name,
             params={key: _param(value) for key, value in _flat(description.params)},
             tags=dict(description.tags) | dict(self._config.tags or {}),
             datasets=[asdict(dataset) for dataset in description.datasets],
             summary=description.summary,
         )
+        self._is_first = False
         self._sender.start()
+
+    def tracked(self) -> TrackedRun:
+        """What the next checkpoint is to say of the record.
+
+        The journal is on the disk when this returns: a checkpoint that is committed afterwards is never ahead of it,
+        whatever the machine dies of.
+        """
+        self._journal.sync()
+        return TrackedRun(self._key, self._steps_on_record())
 
     def log(self, step: int, metrics: Mapping[str, float], timestamp_ms: int | None = None) -> None:
         """Records metrics of an epoch or another rare event; all of them reach MLflow.
@@ -245,7 +307,8 @@ class MLflowTracker:
             metrics: values by name.
             timestamp_ms: milliseconds since 1970; None: now.
         """
-        new = {key: float(value) for key, value in metrics.items() if step > self._last_step.get(key, -1)}
+        known = self._known_steps - 1
+        new = {key: float(value) for key, value in metrics.items() if step > max(self._last_step.get(key, -1), known)}
         self._last_step |= dict.fromkeys(new, step)
         if new:
             self._last_time = max(timestamp_ms or _now_ms(), self._last_time)
@@ -269,6 +332,11 @@ class MLflowTracker:
         known = max(0, self._last_series_step + 1 - first_step)
         if known >= length:
             return
+        if first_step > self._last_series_step + 1:
+            _logger.warning(
+                "steps %d to %d are not on record: they were trained without tracking, or are in another run's journal",
+                self._last_series_step + 1, first_step - 1,
+            )  # fmt: skip
         self._last_series_step = first_step + length - 1
         end = max(end_ms or _now_ms(), self._last_time)
         # Results may arrive late, and the next soon after: a later step must not seem to end before an earlier one.

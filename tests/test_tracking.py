@@ -1,6 +1,7 @@
 """What reaches MLflow, and that training never waits for it."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import pytest
 from dtrain import description, mlflow_run, tracking
 from dtrain.config import MLflowConfig
 from dtrain.errors import ConfigError, TrackingError
-from dtrain.tracking import DatasetDescription, MLflowTracker, NullTracker, RunDescription, Tracker
+from dtrain.tracking import DatasetDescription, MLflowTracker, NullTracker, RunDescription, TrackedRun, Tracker
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
@@ -273,6 +275,304 @@ def test_a_run_that_was_made_unheard_is_found_again(config: MLflowConfig, tmp_pa
     tracker.finish("FINISHED")
     os.remove(tmp_path / "journal.jsonl.position")
     assert tracking.replay(tmp_path / "journal.jsonl", config) == tracker.run_id
+
+
+# Resuming
+
+
+def only_run(config: MLflowConfig) -> Any:
+    """The experiment's run; that there is one is part of each claim."""
+    client = MlflowClient(config.tracking_uri)
+    experiment = client.get_experiment_by_name(str(config.experiment_name))
+    assert experiment is not None
+    [run] = client.search_runs([experiment.experiment_id])
+    return run
+
+
+def record(tracker: MLflowTracker, *segments: int, value: float = 1.0, epoch: int = 20) -> None:
+    """Steps of 40 ms from each segment's first to the next one's; the metrics of an epoch where one ends."""
+    for first, behind in itertools.pairwise(segments):
+        end = 1_000_000 + 40 * behind
+        tracker.log_steps(first, {"loss": value + np.arange(first, behind)}, 0.04 * (behind - first), end_ms=end)
+        tracker.log(behind - 1, {"rate": behind / 8}, timestamp_ms=end)
+        if behind % epoch == 0:
+            tracker.log(behind - 1, {"loss": -value * behind, "val_loss": value}, timestamp_ms=end)
+
+
+def history(config: MLflowConfig, run_id: str) -> dict[str, list[tuple[int, float]]]:
+    client = MlflowClient(config.tracking_uri)
+    got = {key: points(client, run_id, key) for key in ("loss", "rate", "val_loss")}
+    assert all([step for step, _ in got[key]] == sorted({step for step, _ in got[key]}) for key in got)
+    return got
+
+
+def last_life(tracker: MLflowTracker) -> None:
+    """All of it is delivered, and the process is gone: nothing is flushed or finished."""
+    wait_for(lambda: tracker._sender.done, "delivery")
+    tracker._sender.stop()
+
+
+class MortalClient:
+    """A real client with whose n-th call the process ends: MLflow has done it, and nobody hears of it any more."""
+
+    def __init__(self, uri: str, calls: int) -> None:
+        self.calls = calls
+        self.die: Callable[[], None] = lambda: None
+        self._client = MlflowClient(uri)
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = getattr(self._client, name)(*args, **kwargs)
+            self.calls -= 1
+            if self.calls == 0:
+                self.die()
+                raise OSError("dead")
+            return result
+
+        return call
+
+
+@pytest.mark.timeout(300)
+def test_wherever_a_run_is_killed_its_resume_completes_it(database: str, tmp_path: Path) -> None:
+    def attempts(name: str, calls: int) -> tuple[bool, Any]:
+        config = MLflowConfig(tracking_uri=database, experiment_name=f"killed {name}")
+        client = MortalClient(database, calls)
+        first = MLflowTracker(config, tmp_path / name, lambda uri: client)
+        client.die = first._sender.stop
+        first.start(DESCRIPTION)
+        record(first, 0, 12, 20, 26)
+        wait_for(lambda: client.calls <= 0 or first._sender.done, "end")
+        first._sender.stop()
+        second = MLflowTracker(config, tmp_path / name)
+        second.start(DESCRIPTION)
+        record(second, 20, 31, 40)  # Back at the checkpoint of step 20.
+        second.finish("FINISHED")
+        run = only_run(config)
+        assert (run.info.status, run.data.tags["dtrain.attempts"]) == ("FINISHED", "2")
+        return client.calls <= 0, history(config, run.info.run_id)
+
+    was_killed, whole = attempts("never", 1000)
+    assert not was_killed
+    assert dict(whole["loss"])[19] == -20 and dict(whole["loss"])[39] == -40
+    calls = 1
+    while was_killed or calls == 1:
+        was_killed, got = attempts(f"at {calls}", calls)
+        assert got == whole, f"killed at call {calls}"
+        calls += 1
+    assert calls > 5
+
+
+def test_a_driver_that_is_killed_while_it_sends_is_resumed(config: MLflowConfig, tmp_path: Path) -> None:
+    code = """if True:
+        import os, signal, sys, threading
+        import numpy as np
+        import mlflow, dtrain.tracking as t, dtrain.config as c
+
+        class Client(mlflow.MlflowClient):
+            def log_batch(self, run_id, metrics=(), **others):
+                super().log_batch(run_id, metrics, **others)
+                if metrics:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        config = c.MLflowConfig(tracking_uri=sys.argv[1], experiment_name=sys.argv[2])
+        tracker = t.MLflowTracker(config, sys.argv[3], Client)
+        tracker.start(t.RunDescription(run_name="a run", params={"epochs": 2}))
+        for first in range(0, 2000, 10):
+            tracker.log_steps(first, {"loss": np.arange(first, first + 10.0)}, 0.4, 1_000_000 + 40 * (first + 10))
+        threading.Event().wait()
+    """
+    journal = tmp_path / "journal.jsonl"
+    environment = {**os.environ, "PYTHONPATH": str(Path(tracking.__file__).parents[1])}
+    command = [sys.executable, "-c", code, str(config.tracking_uri), str(config.experiment_name), str(journal)]
+    assert subprocess.run(command, env=environment, timeout=DEADLINE).returncode == -signal.SIGKILL
+    tracker = MLflowTracker(config, journal)
+    behind = tracker.tracked().step + 10
+    tracker.start(DESCRIPTION)
+    tracker.log_steps(0, {"loss": np.arange(float(behind))}, 0.04 * behind, 1_000_000 + 40 * behind)
+    tracker.finish("FINISHED")
+    recorded = [value for line in lines(journal, "steps") for value in line["metrics"]["loss"]]
+    assert recorded == np.arange(float(behind)).tolist()
+    run = only_run(config)
+    got = points(MlflowClient(config.tracking_uri), run.info.run_id, "loss")
+    at = [step for step, _ in got]
+    assert at == sorted(set(at)) and at[-1] == behind - 1 and max(np.diff([-1, *at])) <= 4
+    assert all(value == (before + 1 + step) / 2 for before, (step, value) in zip([-1, *at], got, strict=False))
+
+
+def test_a_run_goes_on_where_its_journal_is_not(config: MLflowConfig, tmp_path: Path) -> None:
+    first = MLflowTracker(config, tmp_path / "here" / "journal.jsonl")
+    first.start(DESCRIPTION)
+    record(first, 0, 20)
+    at_20 = TrackedRun(**json.loads(json.dumps(asdict(first.tracked()))))
+    assert at_20.step == 20
+    record(first, 20, 30)
+    last_life(first)
+
+    second = MLflowTracker(config, tmp_path / "there" / "journal.jsonl", resume=at_20)
+    second.start(DESCRIPTION)
+    second.log(19, {"loss": 5.0, "new": 5.0})  # Known, though the journal does not say so.
+    record(second, 20, 40, value=2.0)
+    at_40 = second.tracked()
+    last_life(second)
+    assert (at_40.key, at_40.step) == (at_20.key, 40)
+
+    third = MLflowTracker(config, tmp_path / "here" / "journal.jsonl", resume=at_40)
+    third.start(DESCRIPTION)
+    record(third, 40, 60, value=3.0)
+    third.finish("FINISHED")
+
+    run = only_run(config)
+    assert (run.info.status, run.data.tags["dtrain.attempts"]) == ("FINISHED", "3")
+    assert "new" not in run.data.metrics
+    assert not [tag for tag in run.data.tags if "missing" in tag]
+    got = history(config, run.info.run_id)
+    assert got["val_loss"] == [(19, 1.0), (39, 2.0), (59, 3.0)]
+    assert [step for step, _ in got["rate"]] == [19, 29, 39, 59]
+    assert max(np.diff([-1, *(step for step, _ in got["loss"])])) <= 3  # Three steps take a tenth of a second.
+
+
+def test_journals_of_two_machines_are_both_kept(config: MLflowConfig, tmp_path: Path) -> None:
+    first = MLflowTracker(config, tmp_path / "here" / "journal.jsonl")
+    first.start(DESCRIPTION)
+    first.finish("FAILED", "no power")
+    second = MLflowTracker(config, tmp_path / "there" / "journal.jsonl", resume=first.tracked())
+    second.start(DESCRIPTION)
+    second.finish("FINISHED")
+    client, run = MlflowClient(config.tracking_uri), only_run(config)
+    for tracker, file in ((first, "journal.jsonl"), (second, "attempt-2/journal.jsonl")):
+        kept = client.download_artifacts(run.info.run_id, file, str(tmp_path))
+        assert Path(kept).read_bytes() == tracker._journal.path.read_bytes()
+
+
+def test_what_only_another_machine_has_is_said_and_can_be_sent_from_there(
+    config: MLflowConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = GatedClient(str(config.tracking_uri))
+    client.gate.set()
+    first = MLflowTracker(config, tmp_path / "here" / "journal.jsonl", lambda uri: client)
+    first.start(DESCRIPTION)
+    record(first, 0, 20)
+    wait_for(lambda: first._sender.done, "delivery")
+    client.error = OSError("down")
+    record(first, 20, 40, 50)
+    wait_for(lambda: first._sender.failures, "failure")
+    first._sender.stop()
+
+    second = MLflowTracker(config, tmp_path / "there" / "journal.jsonl", resume=TrackedRun(first.tracked().key, 40))
+    second.start(DESCRIPTION)
+    record(second, 40, 60, value=2.0)
+    second.finish("FINISHED")
+    assert "does not have steps 20 to 39" in caplog.text
+    assert only_run(config).data.tags["dtrain.attempt.2.missing"] == "20-39"
+    for _ in range(2):
+        tracking.replay(tmp_path / "here" / "journal.jsonl", config)
+        got = history(config, only_run(config).info.run_id)
+        assert got["val_loss"] == [(19, 1.0), (39, 1.0), (59, 2.0)]
+        assert max(np.diff([-1, *(step for step, _ in got["loss"])])) <= 3
+        assert only_run(config).info.status == "FINISHED"
+        os.remove(tmp_path / "here" / "journal.jsonl.position")
+
+
+def test_what_is_an_attempts_own_is_in_its_tags(config: MLflowConfig, tmp_path: Path) -> None:
+    journal = tmp_path / "journal.jsonl"
+    data = [DatasetDescription("arrays", "train", {"x": (3,)}, {"x": "float32"}, 100)]
+    for status, error, params in (
+        ("FAILED", "rank 1 died", {"epochs": 2, "lr": 0.1}),
+        ("KILLED", None, {"epochs": 3, "lr": 0.1, "new": 1}),
+        ("FINISHED", None, {"epochs": 2, "lr": 0.1, "new": 2}),
+    ):
+        tracker = MLflowTracker(config, journal)
+        tracker.start(RunDescription("a run", params, datasets=data))
+        tracker.finish(status, error)  # type: ignore[arg-type]
+    for _ in range(2):
+        run = only_run(config)
+        ours = {
+            key: value for key, value in run.data.tags.items() if key.startswith("dtrain.") and "journal" not in key
+        }
+        started = [ours.pop(f"dtrain.attempt.{number}.started") for number in (2, 3)]
+        assert started == sorted(started)
+        assert ours == {
+            "dtrain.attempts": "3",
+            "dtrain.attempt.1.error": "rank 1 died",
+            "dtrain.attempt.2.epochs": "3",
+            "dtrain.attempt.3.new": "2",
+        }
+        assert run.data.params == {"epochs": "2", "lr": "0.1", "new": "1"}
+        assert (run.info.status, run.info.end_time) == ("FINISHED", lines(journal, "finish")[-1]["time"])
+        assert len(run.inputs.dataset_inputs) == 1
+        # Sent again from the beginning, it comes to the same.
+        os.remove(tmp_path / "journal.jsonl.position")
+        tracking.replay(journal, config)
+
+
+def test_the_newest_attempts_error_is_the_runs(config: MLflowConfig, tmp_path: Path) -> None:
+    for number in (1, 2):
+        tracker = MLflowTracker(config, tmp_path / "journal.jsonl")
+        tracker.start(DESCRIPTION)
+        tracker.finish("FAILED", f"failure {number}")
+    run = only_run(config)
+    assert run.info.status == "FAILED"
+    assert (run.data.tags["dtrain.attempt.1.error"], run.data.tags["dtrain.error"]) == ("failure 1", "failure 2")
+
+
+def test_a_model_and_a_figure_of_two_attempts_are_there_once(
+    config: MLflowConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+    from mlflow.models import Model
+
+    def save(model: str, path: Path, *examples: Any) -> None:
+        path.mkdir()
+        (path / "weights").write_text(model)
+        Model().save(str(path / "MLmodel"))
+
+    monkeypatch.setattr(tracking, "save_model", save)
+    for model in ("first", "second"):
+        tracker = MLflowTracker(config, tmp_path / "journal.jsonl")
+        tracker.start(DESCRIPTION)
+        tracker.log_model(model, None, None)
+        tracker.log_figure(Figure(), "curves.png")
+        if model == "first":
+            last_life(tracker)
+    tracker.finish("FINISHED")
+    client, run = MlflowClient(config.tracking_uri), only_run(config)
+    [output] = run.outputs.model_outputs
+    logged = client.get_logged_model(output.model_id)
+    folder = Path(logged.artifact_location.removeprefix("file://"))
+    assert (str(logged.status), (folder / "weights").read_text()) == ("READY", "second")
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {"curves.png", "journal.jsonl"}
+
+
+def test_another_runs_journal_is_an_error_and_is_left_alone(config: MLflowConfig, tmp_path: Path) -> None:
+    journal = tmp_path / "journal.jsonl"
+    tracker = MLflowTracker(config, journal)
+    tracker._journal.append({"event": "start", "key": "one", "time": 1})
+    with journal.open("ab") as file:
+        file.write(b'{"event":"metr')
+    before = journal.read_bytes()
+    with pytest.raises(ConfigError, match=r"journal=.*journal\.jsonl' is of another run"):
+        MLflowTracker(config, journal, resume=TrackedRun("another", 3))
+    assert journal.read_bytes() == before
+
+
+def test_steps_that_were_trained_without_tracking_are_one_line(
+    config: MLflowConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = MLflowTracker(config, tmp_path / "journal.jsonl")
+    first.start(DESCRIPTION)
+    record(first, 0, 20)
+    handed_on = NullTracker(resume=first.tracked()).tracked()
+    last_life(first)
+    assert handed_on == first.tracked()
+    third = MLflowTracker(config, tmp_path / "journal.jsonl", resume=handed_on)
+    third.start(DESCRIPTION)
+    record(third, 40, 50, 60)
+    third.finish("FINISHED")
+    assert [r.message for r in caplog.records if r.name == "dtrain"] == [
+        "steps 20 to 39 are not on record: they were trained without tracking, or are in another run's journal"
+    ]
+    run = only_run(config)
+    assert [step for step, _ in history(config, run.info.run_id)["val_loss"]] == [19, 59]
 
 
 def test_a_failing_store_is_one_line_and_nothing_is_lost(
@@ -647,7 +947,7 @@ def test_the_null_tracker_takes_everything() -> None:
     tracker.start(DESCRIPTION)
     tracker.log_steps(0, {"loss": np.ones(3)}, seconds=1.0)
     tracker.finish("FINISHED")
-    assert tracker.run_id is None and tracker.url() is None
+    assert tracker.run_id is None and tracker.url() is None and tracker.tracked() is None
 
 
 def test_tags_name_the_commit_and_whether_it_is_dirty(tmp_path: Path) -> None:
