@@ -354,6 +354,62 @@ def test_an_epoch_that_would_be_empty_starts_a_new_pass(ranks: Ranks) -> None:
     feed.close()
 
 
+class Told:
+    """Six batches a pass; each tells its pass and how often the hooks were called before that began."""
+
+    def __init__(self, num_batches: int | None) -> None:
+        self.num_batches = num_batches
+        self.open()
+
+    def open(self) -> None:
+        self.passes = self.begun = self.ended = self.whole = 0
+
+    def begin_pass(self, number: int) -> None:
+        assert number == self.passes
+
+    def batches(self) -> Any:
+        told = (self.passes, self.begun, self.ended, self.whole)
+        self.passes += 1
+        return iter([(np.array([[*told, index]]),) for index in range(6)])
+
+    def end_pass(self) -> None:
+        self.whole += 1
+
+    def on_epoch_begin(self) -> None:
+        self.begun += 1
+
+    def on_epoch_end(self) -> None:
+        self.ended += 1
+
+
+def told(feed: StreamLoader, start: Position, epochs: int) -> dict[tuple[int, int], list[Any]]:
+    """By position, the batches from there to the end of the last epoch."""
+    found = {}
+    position = start
+    while position.epoch < epochs:
+        for chunk in feed.chunks(position.epoch, position.step, 1, 1):
+            found[position.epoch, chunk.first_step] = chunk.data[0].tolist()
+        assert feed._position is not None
+        position = feed._position
+    return found
+
+
+@pytest.mark.parametrize("length", [6, None])
+@pytest.mark.parametrize("steps", [None, 1, 2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("purpose", ["train", "validation"])
+def test_a_feed_goes_to_any_position_as_if_it_had_read_all_before_it(
+    purpose: Any, steps: int | None, length: int | None
+) -> None:
+    def feed() -> StreamLoader:
+        return StreamLoader(Told(length), 0, 1, list, purpose=purpose, steps=steps, first_epoch=1)
+
+    straight = told(feed(), Position(1, 0), 6)
+    assert {epoch for epoch, _ in straight} == {1, 2, 3, 4, 5}
+    for epoch, step in straight:
+        expected = {place: batch for place, batch in straight.items() if place >= (epoch, step)}
+        assert told(feed(), Position(epoch, step), 6) == expected, (epoch, step)
+
+
 @in_float64
 def segments_past_the_end(collective: Any) -> Any:
     from dtrain.replica import Replica

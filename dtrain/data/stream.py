@@ -261,9 +261,11 @@ class StreamLoader:
         self._start()
         while (here := self._position) is not None and (here.epoch, here.step) < (position.epoch, position.step):
             batches, ended, error = self._read(1)
+            if ended and here.step == 0 and self._starts_over():
+                batches, ended, error = self._read(1)
             if error is not None:
                 raise error
-            if ended and self._num_read == 0:
+            if ended and here.step == 0:
                 raise self._empty(here)
             self._drop(len(batches))
             self._position = Position(here.epoch, here.step + len(batches))
@@ -291,6 +293,15 @@ class StreamLoader:
         self._num_passes += 1
         self._num_read = 0
 
+    def _starts_over(self) -> bool:
+        """Begin a new pass where earlier epochs have read this one to its end: an epoch is due a step at least."""
+        if self._num_read == 0:
+            return False
+        self._close_reader()
+        self.source.begin_pass(self._num_passes)
+        self._begin_pass()
+        return True
+
     def _end_epoch(self, ran_out: bool) -> None:
         is_whole = self._num_read == self.num_batches
         if ran_out or not self._goes_on or is_whole:
@@ -312,10 +323,7 @@ class StreamLoader:
         """The next batches, `count` at most; none: the input has ended."""
         agreed = self._agree(position, count)
         if not agreed and position.step == 0:
-            if self._num_read:  # of earlier epochs: this one is due a pass of its own
-                self._close_reader()
-                self.source.begin_pass(self._num_passes)
-                self._begin_pass()
+            if self._starts_over():
                 agreed = self._agree(position, count)
             if not agreed:
                 raise self._empty(position)
