@@ -136,13 +136,25 @@ def describe(model: keras.Model) -> ModelDescription:
 
 
 def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
-    """The outermost optimizers that a model holds as attributes, its compiled one first."""
+    """The outermost optimizers that a model and its layers hold, its compiled one first.
+
+    They are attributes, or stand in lists, tuples and dicts that are, however deep.
+    """
     found: list[keras.optimizers.Optimizer] = []
+    seen: set[int] = set()
+
+    def visit(value: Any) -> None:
+        if isinstance(value, keras.optimizers.Optimizer):
+            if all(value is not known for known in found):
+                found.append(value)
+        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            for item in value.values() if isinstance(value, Mapping) else value:
+                visit(item)
+
+    visit(model.optimizer)
     for layer in layers_of(model):
-        for value in vars(layer).values():
-            for item in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(item, keras.optimizers.Optimizer) and all(item is not known for known in found):
-                    found.append(item)
+        visit(vars(layer))
     inner = [getattr(optimizer, "inner_optimizer", None) for optimizer in found]
     return [optimizer for optimizer in found if all(optimizer is not other for other in inner)]
 

@@ -46,6 +46,7 @@ class Reduction:
         unreduced: the gradients that `reduce_gradients` was given.
         by_user: the forms of gradients that `reduce_gradients` has returned and no `apply` has taken yet.
         scaled: for each optimizer, whether its `scale_loss` was called.
+        is_applying: an optimizer whose gradients were reduced is at work; it may have others inside.
     """
 
     collective: Collective
@@ -58,6 +59,7 @@ class Reduction:
     unreduced: list[Any] = field(default_factory=list)
     by_user: list[Any] = field(default_factory=list)
     scaled: list[bool] = field(default_factory=list)
+    is_applying: bool = False
 
     def take_statistics(self) -> list[Any]:
         """The statistics assigned since the last call."""
@@ -78,6 +80,7 @@ def reduced_gradients(optimizers: Sequence[keras.optimizers.Optimizer], reductio
         with contextlib.ExitStack() as stack:
             for index, optimizer in enumerate(optimizers):
                 stack.enter_context(_patched(optimizer, index, reduction))
+            stack.enter_context(_others_refused(reduction))
             yield
     finally:
         _CURRENT.reset(token)
@@ -110,10 +113,28 @@ def _patched(optimizer: keras.optimizers.Optimizer, index: int, reduction: Reduc
             reduction.reduced += 1
             grads = reduce_them(shared, f"gradients{index}.{reduction.reduced}", reduction)
         dependencies = [part for grad in grads for part in _tensors_of(grad)]
-        with tf.control_dependencies(dependencies):
+        with tf.control_dependencies(dependencies), patch.object(reduction, "is_applying", True):
             return plain_apply(grads, trainable_variables)
 
     with patch.object(optimizer, "scale_loss", scale_loss), patch.object(optimizer, "apply", apply):
+        yield
+
+
+@contextlib.contextmanager
+def _others_refused(reduction: Reduction) -> Iterator[None]:
+    """Inside, an optimizer that is not patched, nor part of one that is, refuses to apply its gradients."""
+    plain = keras.optimizers.Optimizer.apply
+
+    def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
+        if not reduction.is_applying:
+            raise ConfigError(
+                f"train_step applied gradients with optimizer {self.name!r}, which the model does not hold, so that they"
+                " would not be summed over the workers; make it an attribute of the model or of a layer, or put it into"
+                " a list or dict that is one"
+            )
+        return plain(self, grads, trainable_variables)
+
+    with patch.object(keras.optimizers.Optimizer, "apply", apply):
         yield
 
 

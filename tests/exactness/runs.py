@@ -148,6 +148,32 @@ def refusal_of_a_step_without_optimizer(collective: Collective) -> str:
     return "it was not refused"
 
 
+def refusal_of_a_hidden_optimizer(collective: Collective) -> str:
+    """Of a step whose second optimizer is an attribute of what the model holds, and not of the model."""
+
+    class Holder:
+        optimizer = keras.optimizers.SGD(0.1, name="hidden")
+
+    class Hides(UpdatesNothing):
+        def train_step(self, data: Any) -> Any:
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x=x, y=y, y_pred=self(x, training=True))
+            kernel, *others = self.trainable_variables
+            gradient, *rest = tape.gradient(loss, [kernel, *others])
+            self.optimizer.apply_gradients(zip(rest, others, strict=True))
+            Holder.optimizer.apply_gradients([(gradient, kernel)])
+            return {"loss": loss}
+
+    feature = Feature(partial(custom, Hides), classes)
+    replica = Replica(_fresh_model(feature, "float32"), collective)
+    try:
+        replica.build(_source(feature, make_data(feature, UNEVEN)[0]).read(np.zeros(1, np.int64)))
+    except ConfigError as error:
+        return str(error)
+    return "it was not refused"
+
+
 def refusals_of_gradients_reduced_wrongly(collective: Collective) -> list[str]:
     """Of a step that applies what it gave to be reduced, and of one that accumulates what was reduced."""
 

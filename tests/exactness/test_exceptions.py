@@ -64,6 +64,17 @@ def test_a_step_that_reduces_nothing_is_refused_by_name(lab: Any) -> None:
         assert "self.optimizer.apply" in message
 
 
+def test_an_optimizer_that_the_model_does_not_hold_is_refused_by_name(lab: Any) -> None:
+    def refusal(collective: Any) -> str:
+        from exactness.runs import refusal_of_a_hidden_optimizer
+
+        return refusal_of_a_hidden_optimizer(collective)
+
+    for message in lab.ranks.run(2, refusal):
+        assert "optimizer 'hidden', which the model does not hold" in message
+        assert "make it an attribute of the model" in message
+
+
 def test_gradients_that_would_be_reduced_twice_or_not_at_all_are_refused(lab: Any) -> None:
     def refusals(collective: Any) -> list[str]:
         from exactness.runs import refusals_of_gradients_reduced_wrongly
