@@ -248,9 +248,7 @@ class Trainer:
         return_dict: bool = False,
     ) -> Any:
         """One update on one mini-batch, split over the workers; as in `keras.Model.train_on_batch`."""
-        source = arguments.source_of(x, y, sample_weight, class_weight)
-        self._weights.change()
-        logs = self._on_batch("train", source)
+        logs = self._on_batch("train", arguments.source_of(x, y, sample_weight, class_weight))
         return logs if return_dict else self._flat_logs(logs)
 
     def test_on_batch(self, x: Any, y: Tree = None, sample_weight: Tree = None, return_dict: bool = False) -> Any:
@@ -454,6 +452,8 @@ class Trainer:
     def _on_batch(self, kind: str, source: DataSource) -> Logs:
         with self.interrupts, ProgressBar(0) as display:
             group, _ = self.start(source, BatchPlan(len(source), len(source)), display, "evaluate")
+            if kind == "train":
+                self._weights.change()
             logs: Logs = group.call("on_batch", kind)[0]
             return logs
 

@@ -80,6 +80,19 @@ def test_single_batches_train_test_and_predict_as_in_keras(trainer: dtrain.Train
     assert close(trainer.get_weights(), plain.get_weights())
 
 
+def test_a_batch_that_is_refused_leaves_the_local_model_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise dtrain.errors.DataError("y is nan in row 0")
+
+    trainer = dtrain.Trainer(make_classifier, num_workers=1, **QUIET)
+    changes: list[None] = []
+    monkeypatch.setattr(trainer, "start", refuse)
+    monkeypatch.setattr(trainer._weights, "change", lambda: changes.append(None))
+    with pytest.raises(dtrain.errors.DataError):
+        trainer.train_on_batch(*blobs(7))
+    assert not changes
+
+
 def test_a_second_fit_goes_on_from_the_first(trainer: dtrain.Trainer) -> None:
     x, y = blobs(64)
     plain = reset(trainer)
