@@ -4,6 +4,7 @@ Every message names the argument, the value, the rule and the fix.
 """
 
 import inspect
+import logging
 import math
 import os
 import platform
@@ -21,6 +22,8 @@ from dtrain.data.stream import Batches, read_at_once
 from dtrain.driver_tensorflow import import_tensorflow
 from dtrain.errors import ConfigError, DataError
 from dtrain.types import Batching, BatchPlan, FitPlan, Tree
+
+log = logging.getLogger("dtrain")
 
 READ_HERE_BYTES = 512 << 20
 """A tf.data.Dataset of at most so many bytes is read in the driver."""
@@ -284,6 +287,11 @@ def fit_arguments(
             )
         (x, y, sample_weight), validation_data = train_validation_split(x, y, sample_weight, validation_split)
     train = data_of(x, y, sample_weight, class_weight)
+    if isinstance(train, Batches) and epochs > initial_epoch + 1 and _shuffles(x):
+        log.warning(
+            "x is a tf.data.Dataset that shuffles. It was read once, here, and brings this one order in every epoch; to"
+            " have it shuffle anew pass a function that makes it: trainer.fit(make_dataset, ...)"
+        )
     plan = plan_of(train, batch_size, steps_per_epoch, "steps_per_epoch", shuffle, seed)
     validation: Given | None = None
     validation_plan: BatchPlan | Batching | None = None
@@ -377,6 +385,12 @@ def _read_here(dataset: Any, class_weight: Mapping[int, float] | None, name: str
     if not batches.content:
         raise DataError(f"{name} has no batches; check what it was made from")
     return batches
+
+
+def _shuffles(dataset: Any) -> bool:
+    """Whether a tf.data.Dataset has another order in each pass, as far as the names of what it is made of tell."""
+    shuffles = "Shuffle" in type(dataset).__name__ and getattr(dataset, "_reshuffle_each_iteration", True) is not False
+    return shuffles or any(map(_shuffles, dataset._inputs()))
 
 
 _INFINITE = -1

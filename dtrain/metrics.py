@@ -7,7 +7,7 @@ means never occurs.
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -21,6 +21,11 @@ from dtrain.types import Array
 
 RECORDED_ELEMENTS = 4096
 """Metric state of up to this many numbers is kept for every step; of more (large confusion matrices), for the last."""
+
+Source = tuple[int, str]
+"""Where a number in the logs comes from: which of the model's metrics, and its name among that one's results."""
+SHOWN = -1
+"""In place of a metric's number: the results of all metrics, as the model shows them."""
 
 
 @contextlib.contextmanager
@@ -65,7 +70,7 @@ class MetricState:
                 if all(variable is not known for known in self.variables):
                     self.variables.append(variable)
         self.records_steps = sum(int(np.prod(v.shape)) for v in self.variables) <= RECORDED_ELEMENTS
-        self._names: list[str] = []
+        self._names: dict[Any, list[str]] = {}
         self._results = tf.function(self._results_of, autograph=False, reduce_retracing=True)
 
     def read(self) -> list[tf.Tensor]:
@@ -76,24 +81,51 @@ class MetricState:
         for variable, value in zip(self.variables, values, strict=True):
             variable.assign(value)
 
-    def updated(self, assigned: Sequence[Any]) -> list[str]:
-        """The names of results of metrics that have a variable among those assigned; works while tracing."""
-        names: list[str] = []
-        for metric in self._model.metrics:
-            if any(variable is other for variable in metric.variables for other in assigned):
-                names.extend(flat_logs({metric.name: metric.result()}))
-        return names
+    @contextlib.contextmanager
+    def recorded_results(self) -> Iterator[list[tuple[Any, Source]]]:
+        """Collect the results that metrics give inside, eagerly or while tracing, and where they come from."""
+        results: list[tuple[Any, Source]] = []
 
-    def global_logs(self, states: Sequence[Array], collective: Collective, name: str) -> dict[str, Array]:
+        def recorded(place: int, plain: Callable[[], Any]) -> Callable[[], Any]:
+            def result() -> Any:
+                found = plain()
+                results.extend((value, (place, name)) for name, value in flat_logs({"": found}).items())
+                return found
+
+            return result
+
+        with contextlib.ExitStack() as stack:
+            for place, metric in enumerate(self._model.metrics):
+                stack.enter_context(patch.object(metric, "result", recorded(place, metric.result)))
+            shown = recorded(SHOWN, self._model.get_metrics_result)
+            stack.enter_context(patch.object(self._model, "get_metrics_result", shown))
+            yield results
+
+    def updated(self, assigned: Sequence[Any]) -> dict[str, Source]:
+        """The results, by Keras's names, of metrics that have a variable among those assigned; works while tracing."""
+        found: dict[str, Source] = {}
+        for place, metric in enumerate(self._model.metrics):
+            if any(variable is other for variable in metric.variables for other in assigned):
+                found.update((name or metric.name, (place, name)) for name in self._results_at(place))
+        return found
+
+    def global_logs(
+        self,
+        states: Sequence[Array],
+        collective: Collective,
+        name: str,
+        wanted: Mapping[str, Source] | None = None,
+    ) -> dict[str, Array]:
         """Turn states into logs of the whole job. Collective.
 
         Args:
             states: for each variable, its values on this rank after K steps, of shape (K, *variable.shape).
             collective: the ranks to add up over.
             name: of the collective operation.
+            wanted: the results to give, by the names to give them; None: all, as the model shows them.
 
         Returns:
-            For each metric its K values, the same on all ranks. The variables keep their local values.
+            For each result its K values, the same on all ranks. The variables keep their local values.
         """
         if not self.variables:
             return {}
@@ -102,12 +134,21 @@ class MetricState:
         # Of large states only the last is kept: the buffer is the same for any K, and so is the order of the sum.
         in_order = self.records_steps
         summed = sum_in_rank_order(addends, collective, name) if in_order else collective.all_reduce(addends, name)
-        results = self._results(summed)
+        key = None if wanted is None else tuple(wanted.items())
+        results = self._results(summed, key)
         self.assign(local)
-        return {key: results[key].numpy() for key in self._names}
+        return {name: results[name].numpy() for name in self._names[key]}
 
-    def _logs(self) -> dict[str, Any]:
-        return flat_logs(self._model.get_metrics_result())
+    def _logs(self, wanted: Sequence[tuple[str, Source]] | None) -> dict[str, Any]:
+        if wanted is None:
+            return self._results_at(SHOWN)
+        results = {place: self._results_at(place) for place in dict.fromkeys(place for _, (place, _) in wanted)}
+        return {name: results[place][key] for name, (place, key) in wanted}
+
+    def _results_at(self, place: int) -> dict[str, Any]:
+        """By name, the results of a metric, or of all; one alone has no name."""
+        result = self._model.get_metrics_result() if place == SHOWN else self._model.metrics[place].result()
+        return flat_logs({"": result})
 
     def _addend(self, index: int, state: Array, collective: Collective) -> tf.Tensor:
         aggregation = self.variables[index].aggregation
@@ -117,12 +158,12 @@ class MetricState:
             return tf.zeros_like(state)
         return tf.constant(state)
 
-    def _results_of(self, states: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
+    def _results_of(self, states: Sequence[tf.Tensor], wanted: Any) -> dict[str, tf.Tensor]:
         def result_of(state: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
             self.assign(state)
-            return {key: tf.cast(value, tf.float64) for key, value in self._logs().items()}
+            return {key: tf.cast(value, tf.float64) for key, value in self._logs(wanted).items()}
 
-        keys = self._names = list(self._logs())  # a tf.function returns dicts in another order
+        keys = self._names[wanted] = list(self._logs(wanted))  # a tf.function returns dicts in another order
         num_steps = tf.shape(states[0])[0]
         arrays = [tf.TensorArray(tf.float64, size=num_steps) for _ in keys]
 

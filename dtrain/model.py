@@ -6,7 +6,7 @@ The factory is the architecture: a model is never rebuilt from a file, only its 
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -171,36 +171,47 @@ def named_variables(model: keras.Model) -> dict[str, Any]:
     """Every variable that training changes, metrics left out, by a name that is unique and the same everywhere.
 
     Names are "<group>/<place>/<path>", in alphabetical order; the groups are "model", "optimizer" (the compiled one),
-    "optimizer1" and so on (those that a model with a train_step of its own holds besides), and "random".
+    "optimizer1" and so on (those that a model with a train_step of its own holds besides, once they are built), "seeds"
+    (random layers' numbers) and "random" (the process's own).
     """
-    groups: dict[str, Sequence[Any]] = {"model": model.variables}
+    seeds = [generator.state for generator in seed_generators_of(model)]
+    own = [variable for variable in model.variables if all(variable is not seed for seed in seeds)]
+    groups: dict[str, Sequence[Any]] = {"model": own, "random": [global_seed_generator().state], "seeds": seeds}
     for number, optimizer in enumerate(optimizers_of(model)):
-        groups[f"optimizer{number or ''}"] = optimizer.variables
-    groups["random"] = [global_seed_generator().state]
-    return {
+        if optimizer.built:
+            groups[_optimizer_group(number)] = optimizer.variables
+    named = {
         f"{group}/{index:06d}/{variable.path}": variable
         for group, variables in groups.items()
         for index, variable in enumerate(variables)
     }
+    return dict(sorted(named.items()))
+
+
+def _optimizer_group(number: int) -> str:
+    return f"optimizer{number or ''}"
 
 
 def read_state(model: keras.Model) -> State:
     return {name: np.array(variable.numpy()) for name, variable in named_variables(model).items()}
 
 
-def write_state(model: keras.Model, state: Mapping[str, Array]) -> None:
+def write_state(model: keras.Model, state: Mapping[str, Array]) -> State:
     """Assign a state that `read_state` gave for the same architecture; groups that it lacks are left alone.
 
     Variables are told by group and place, checked by shape and dtype: Keras numbers layers within a process, so paths
-    may differ. An optimizer that only a train_step of the model's own will build is left alone until then.
+    may differ.
+
+    Returns:
+        What could not be assigned yet: of optimizers that only a train_step of the model's own will build.
 
     Raises:
         CheckpointError: the state is of another model; nothing was assigned.
     """
-    unbuilt = {f"optimizer{number}" for number, o in enumerate(optimizers_of(model)) if number and not o.built}
-    state = {name: value for name, value in state.items() if name.split("/")[0] not in unbuilt}
-    groups = {name.split("/")[0] for name in state}
-    variables = {name: v for name, v in named_variables(model).items() if name.split("/")[0] in groups}
+    unbuilt = {_optimizer_group(number) for number, o in enumerate(optimizers_of(model)) if not o.built}
+    waiting, state = pick(state, unbuilt), leave_out(state, unbuilt)
+    groups = {_group(name) for name in state}
+    variables = {name: v for name, v in named_variables(model).items() if _group(name) in groups}
     for (name, variable), (other, value) in zip(variables.items(), sorted(state.items()), strict=False):
         same_place = name.split("/")[:2] == other.split("/")[:2]
         if not same_place or tuple(variable.shape) != value.shape or str(variable.dtype) != str(value.dtype):
@@ -214,6 +225,21 @@ def write_state(model: keras.Model, state: Mapping[str, Array]) -> None:
         )
     for variable, (_, value) in zip(variables.values(), sorted(state.items()), strict=True):
         variable.assign(value)
+    return waiting
+
+
+def pick(state: Mapping[str, Array], groups: Collection[str]) -> State:
+    """The part of a state that is in these groups."""
+    return {name: value for name, value in state.items() if _group(name) in groups}
+
+
+def leave_out(state: Mapping[str, Array], groups: Collection[str]) -> State:
+    """The part of a state that is not in these groups."""
+    return {name: value for name, value in state.items() if _group(name) not in groups}
+
+
+def _group(name: str) -> str:
+    return name.split("/")[0]
 
 
 def spread_seeds(model: keras.Model, rank: int) -> None:

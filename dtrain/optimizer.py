@@ -128,9 +128,9 @@ def _others_refused(reduction: Reduction) -> Iterator[None]:
     def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
         if not reduction.is_applying:
             raise ConfigError(
-                f"train_step applied gradients with optimizer {self.name!r}, which the model does not hold, so that they"
-                " would not be summed over the workers; make it an attribute of the model or of a layer, or put it into"
-                " a list or dict that is one"
+                f"train_step applied gradients with optimizer {self.name!r}, which the model does not hold: they would"
+                " not be summed over the workers; make it an attribute of the model or of a layer, or put it into a"
+                " list or dict that is one"
             )
         return plain(self, grads, trainable_variables)
 

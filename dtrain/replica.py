@@ -5,7 +5,7 @@ its Collective alone. All ranks make the same calls in the same order.
 """
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,8 @@ CALL_SECONDS = 0.15
 """A call into TensorFlow runs about so many seconds of steps where nothing needs to see each of them."""
 CALL_BYTES = 64 << 20
 """A call's data takes at most about so many bytes."""
+EVALUATED_AT_ONCE = 8
+"""A call that evaluates has at most so many steps."""
 
 
 @dataclass
@@ -69,7 +71,9 @@ class _Fit:
     feed: Feed
     validation: Feed | None
     callbacks: RankCallbacks
+    hooks: "_BatchHooks"
     batch_bytes: int
+    validation_bytes: int
     epoch: int
     """The epoch that is running, or comes next."""
     logs: Logs = field(default_factory=dict)
@@ -97,6 +101,7 @@ class Replica:
         self._sync_batch_norm = sync_batch_norm
         self._sparse_as_dense = sparse_as_dense
         self._has_variables = False
+        self._waiting: State = {}  # of optimizers that train_step has yet to build
         self._steps: dict[Kind, Steps] = {}
         self._predict_function: Any = None
         self._fit: _Fit | None = None
@@ -138,6 +143,7 @@ class Replica:
             }
             probed = [steps.probe(batch) for steps in self._steps.values()]
             if any(probed):
+                self._waiting = write_state(self.model, self._waiting)
                 self._take_over()  # what only the model's own step has built
         return True
 
@@ -148,11 +154,11 @@ class Replica:
         """
         if self.collective.world_size > 1 and not alone:
             collect_accumulated(self.model, self.collective)
-        return read_state(self.model)
+        return {**read_state(self.model), **self._waiting}
 
     def write_state(self, state: State) -> None:
         """Assign a state on every rank; collective."""
-        write_state(self.model, state)
+        self._waiting = write_state(self.model, state) or self._waiting
         self._take_over()
 
     def open(
@@ -183,6 +189,7 @@ class Replica:
         first = feed.first()
         self.build(first)
         self._check_first_rows(feed, first)
+        validation_bytes = self._batch_bytes(validating, validating.first()) if validating is not None else 0
         ranked = RankCallbacks(
             callbacks,
             self.model,
@@ -192,26 +199,31 @@ class Replica:
             epochs=plan.epochs,
             steps=feed.steps_per_epoch,
         )
-        batch_bytes = sum(leaf.nbytes for _, leaf in leaves(first))
-        if isinstance(feed, Loader):
-            batch_bytes *= -(-feed.plan.batch_size // collective.world_size)
-        self._fit = _Fit(plan, feed, validating, ranked, batch_bytes, plan.initial_epoch)
+        hooks = _BatchHooks("train", ranked, self.model.steps_per_execution, self._global_logs)
+        batch_bytes = self._batch_bytes(feed, first)
+        self._fit = _Fit(plan, feed, validating, ranked, hooks, batch_bytes, validation_bytes, plan.initial_epoch)
         self.model.stop_training = False
         ranked("on_train_begin")
 
     def _check_first_rows(self, feed: OpenFeed, first: Tree) -> None:
         """Look at this rank's rows of the first mini-batch before any of it trains the model."""
+        world_size, rank = self.collective.world_size, self.collective.rank
         if isinstance(feed, Loader):
             sampler = feed.sampler
             size = sampler.batch_size_at(sampler.first_epoch, 0)
-            part = shard(size, self.collective.world_size, self.collective.rank)
-            rows = sampler.batch(sampler.first_epoch, 0, part.rows)
+            rows = sampler.batch(sampler.first_epoch, 0, shard(size, world_size, rank).rows)
             batch = feed.source.read(rows)
         else:
+            assert feed.batch_rows is not None
+            rows = np.arange(feed.batch_rows, dtype=np.int64)[shard(feed.batch_rows, world_size, rank).rows]
             batch = first
-            rows = np.arange(len(next(leaves(batch))[1]), dtype=np.int64)
         classes, ignored = label_rules(self.model)
         check_batch(batch, rows, num_classes=classes, ignore_class=ignored)
+
+    def _batch_bytes(self, feed: OpenFeed, first: Tree) -> int:
+        """About how many bytes this rank's rows of a mini-batch take, given what `feed.first` returned."""
+        size = sum(leaf.nbytes for _, leaf in leaves(first))
+        return size * -(-feed.plan.batch_size // self.collective.world_size) if isinstance(feed, Loader) else size
 
     def run(self, segment: Segment) -> SegmentResult:
         """Train the segment's steps; where it ends an epoch, validate and call the epoch's hooks too."""
@@ -267,40 +279,38 @@ class Replica:
     def _train(self, fit: _Fit, segment: Segment) -> tuple[dict[str, Array], int, int]:
         """Run the steps. Returns each metric's value after each step, the number of steps and of rows."""
         epoch, step = segment.position.epoch, segment.position.step
-        hooked = fit.callbacks.has_batch_hooks("train")
-        looked_at = hooked or self.model.stop_training  # by Keras, too, after a first call
+        looked_at = fit.hooks.are_used or self.model.stop_training  # by Keras, too, after a first call
         steps_per_call = self.model.steps_per_execution if looked_at else self._steps_per_call(fit)
         states, own, rows = [], [], 0
         chunks = _chunks(fit.feed, epoch, step, segment.num_steps, steps_per_call, looked_at)
         for chunk in chunks:
-            if hooked and chunk.first_step % steps_per_call == 0:
-                fit.callbacks("on_train_batch_begin", chunk.first_step)
+            fit.hooks.begin(chunk)
             state, returned = self._call("train", chunk)
             step = chunk.first_step + chunk.num_steps
             rows += chunk.global_rows * chunk.num_steps
-            if hooked and (step % steps_per_call == 0 or step == fit.feed.steps_in_epoch(epoch)):
-                logs = _last(self._global_logs("train", [state], [returned], "batch"))
-                fit.callbacks("on_train_batch_end", _last_of_call(chunk, steps_per_call), logs=logs)
+            fit.hooks.end(chunk, state, returned)
             states.append(state)
             own.append(returned)
             self.progress = Progress("train", epoch, step, fit.feed.steps_in_epoch(epoch) or 0, fit.logs)
             if self.model.stop_training:
                 chunks.close()
                 break
+        num_steps = step - segment.position.step
+        if num_steps < segment.num_steps or step == fit.feed.steps_in_epoch(epoch):
+            fit.hooks.finish()
         step_logs = self._global_logs("train", states, own, "segment") if states else {}
-        return step_logs, step - segment.position.step, rows
+        return step_logs, num_steps, rows
 
     def _steps_per_call(self, fit: _Fit) -> int:
         if self._seconds_per_step is None:
             return 1
         by_time = int(CALL_SECONDS / max(self._seconds_per_step, 1e-6))
-        by_memory = CALL_BYTES // max(1, fit.batch_bytes)
-        return max(1, min(by_time, by_memory, 1024))
+        return max(1, min(by_time, CALL_BYTES // max(1, fit.batch_bytes), 1024))
 
     def _end_epoch(self, fit: _Fit, epoch: int) -> EpochEnd:
         logs = dict(fit.logs)
         if fit.validation is not None and _is_due(fit.plan.validation_freq, epoch):
-            found = self._evaluate(fit.validation, fit.callbacks)
+            found = self._evaluate(fit.validation, fit.callbacks, fit.validation_bytes)
             logs.update({f"val_{key}": value for key, value in found.items()})
         fit.epoch_logs = logs
         known = {key: len(values) for key, values in fit.callbacks.history().items()}
@@ -337,11 +347,12 @@ class Replica:
     ) -> Logs:
         """The metrics of the whole data set, the same on all ranks. Collective."""
         feed = self.open(data, plan, "evaluate")
-        self.build(feed.first())
+        first = feed.first()
+        self.build(first)
         ranked = RankCallbacks(
             callbacks, self.model, self.collective, verbose=verbose, epochs=1, steps=feed.steps_per_epoch
         )
-        logs = self._evaluate(feed, ranked)
+        logs = self._evaluate(feed, ranked, self._batch_bytes(feed, first))
         feed.close()
         return logs
 
@@ -409,25 +420,22 @@ class Replica:
         state, own = self._call(kind, Chunk(0, 1, data, part.share, part.whole, len(batch)))
         return _last(self._global_logs(kind, [state], [own], "batch"))
 
-    def _evaluate(self, feed: Feed, callbacks: RankCallbacks) -> Logs:
+    def _evaluate(self, feed: Feed, callbacks: RankCallbacks, batch_bytes: int) -> Logs:
         num_steps = feed.steps_per_epoch
-        hooked = callbacks.has_batch_hooks("test")
-        steps_per_call = self.model.steps_per_execution if hooked else 8
+        hooks = _BatchHooks("test", callbacks, self.model.steps_per_execution, self._global_logs)
+        steps_per_call = max(1, min(EVALUATED_AT_ONCE, CALL_BYTES // max(1, batch_bytes)))
         self.model.reset_metrics()
         self.model.stop_evaluating = False
         callbacks("on_test_begin")
         state, own = None, None
-        for chunk in feed.one_pass(1 if hooked else steps_per_call):
-            if hooked and chunk.first_step % steps_per_call == 0:
-                callbacks("on_test_batch_begin", chunk.first_step)
+        for chunk in feed.one_pass(1 if hooks.are_used else steps_per_call):
+            hooks.begin(chunk)
             state, own = self._call("test", chunk)
-            step = chunk.first_step + chunk.num_steps
-            if hooked and (step % steps_per_call == 0 or step == num_steps):
-                logs = _last(self._global_logs("test", [state], [own], "test_batch"))
-                callbacks("on_test_batch_end", _last_of_call(chunk, steps_per_call), logs=logs)
-            self.progress = Progress("evaluate", 0, step, num_steps or 0)
+            hooks.end(chunk, state, own)
+            self.progress = Progress("evaluate", 0, chunk.first_step + chunk.num_steps, num_steps or 0)
             if self.model.stop_evaluating:
                 break
+        hooks.finish()
         assert state is not None and own is not None
         last_state = [values[-1:] for values in state]
         last_own = {key: values[-1:] for key, values in own.items()}
@@ -447,6 +455,11 @@ class Replica:
     # --- over ranks
 
     def _call(self, kind: Kind, chunk: Chunk) -> tuple[list[Array], dict[str, Array]]:
+        if kind == "train" and self._waiting and self.model.run_eagerly:
+            raise ConfigError(
+                "run_eagerly=True does not go with an optimizer that only train_step builds, once it has a state to go"
+                " on from; build it where it is made: optimizer.build(variables)"
+            )
         return self._steps[kind](chunk.data, chunk.share, chunk.whole)
 
     def _global_logs(
@@ -454,15 +467,16 @@ class Replica:
     ) -> dict[str, Array]:
         """Each metric's value over all ranks after each step of some consecutive calls. Collective."""
         steps = self._steps[kind]
+        own_logs, results = steps.own_logs, steps.results
         logs: dict[str, Array] = {}
-        if steps.own_logs:
-            local = [tf.constant(np.concatenate([returned[key] for returned in own])) for key in steps.own_logs]
+        if own_logs:
+            local = [tf.constant(np.concatenate([returned[key] for returned in own])) for key in own_logs]
             summed = sum_in_rank_order(local, self.collective, f"{kind}.{name}.logs")
-            logs.update((key, value.numpy()) for key, value in zip(steps.own_logs, summed, strict=True))
-        if steps.returned is None or len(steps.own_logs) < len(steps.returned):
+            logs.update((key, value.numpy()) for key, value in zip(own_logs, summed, strict=True))
+        if results is None or results:
             kept = states if self._metrics.records_steps else states[-1:]
-            found = self._metrics.global_logs(concatenate(kept), self.collective, f"{kind}.{name}.metrics")
-            logs = {**found, **logs}
+            name = f"{kind}.{name}.metrics"
+            logs.update(self._metrics.global_logs(concatenate(kept), self.collective, name, results))
         return {key: logs[key] for key in (logs if steps.returned is None else steps.returned)}
 
     def _check_same_model(self) -> None:
@@ -485,6 +499,48 @@ class Replica:
         spread_seeds(self.model, self.collective.rank)
 
 
+class _BatchHooks:
+    """Calls the hooks of single batches, if there are any, where Keras does: around each execution of some steps.
+
+    Args:
+        kind: "train" or "test".
+        callbacks: whose hooks.
+        steps: of an execution; the last of an epoch may have fewer. No chunk reaches over its end.
+        global_logs: a Replica's.
+    """
+
+    def __init__(
+        self, kind: Kind, callbacks: RankCallbacks, steps: int, global_logs: Callable[..., dict[str, Array]]
+    ) -> None:
+        self.are_used = callbacks.has_batch_hooks(kind)
+        self._kind: Kind = kind
+        self._callbacks = callbacks
+        self._steps = steps
+        self._global_logs = global_logs
+        self._last: tuple[Chunk, list[Array], dict[str, Array]] | None = None  # of an execution that has not ended
+
+    def begin(self, chunk: Chunk) -> None:
+        if self.are_used and chunk.first_step % self._steps == 0:
+            self._callbacks(f"on_{self._kind}_batch_begin", chunk.first_step)
+
+    def end(self, chunk: Chunk, state: list[Array], own: dict[str, Array]) -> None:
+        if not self.are_used:
+            return
+        self._last = (chunk, state, own)
+        if (chunk.first_step + chunk.num_steps) % self._steps == 0:
+            self.finish()
+
+    def finish(self) -> None:
+        """End the execution that is under way, if there is one: the epoch ends."""
+        last, self._last = self._last, None
+        if last is not None:
+            chunk, state, own = last
+            logs = _last(self._global_logs(self._kind, [state], [own], "batch"))
+            # What Keras gives as the last step of an execution may be beyond the last of the epoch.
+            step = (chunk.first_step // self._steps + 1) * self._steps - 1
+            self._callbacks(f"on_{self._kind}_batch_end", step, logs=logs)
+
+
 def _chunks(
     feed: Feed, epoch: int, first_step: int, num_steps: int, steps_per_chunk: int, aligned: bool
 ) -> Generator[Chunk, None, None]:
@@ -499,11 +555,6 @@ def _chunks(
             yield chunk
         if first_step < stop:  # the input has ended
             return
-
-
-def _last_of_call(chunk: Chunk, steps_per_execution: int) -> int:
-    """What Keras gives as the last step of an execution, which may be beyond the last of the epoch."""
-    return (chunk.first_step // steps_per_execution + 1) * steps_per_execution - 1
 
 
 def _last(logs: dict[str, Array]) -> Logs:

@@ -19,7 +19,7 @@ from dtrain.data.source import keras_batch
 from dtrain.errors import ConfigError
 from dtrain.keras_internals import recorded_assignments, seed_generators_of
 from dtrain.losses import exact_losses
-from dtrain.metrics import MetricState, flat_logs, shared_means
+from dtrain.metrics import MetricState, Source, flat_logs, shared_means
 from dtrain.model import optimizers_of
 from dtrain.optimizer import Reduction, reduce, reduced_gradients
 from dtrain.types import Array, Tree
@@ -52,11 +52,25 @@ class Steps:
         self._kind = kind
         self._sparse_as_dense = sparse_as_dense
         self._functions: dict[Any, Any] = {}
-        self._is_custom = getattr(type(model), f"{kind}_step") is not getattr(keras.Model, f"{kind}_step")
-        self.own_logs: tuple[str, ...] = ()
-        """What a custom step returns besides the results of metrics that it has updated."""
-        self.returned: tuple[str, ...] | None = None
-        """All that a custom step returns, in order; None: the results of all metrics, as Keras's own steps do."""
+        self._is_custom = any(
+            getattr(type(model), name) is not getattr(keras.Model, name) for name in (f"{kind}_step", "compute_metrics")
+        )
+        self.returned: dict[str, Source | None] | None = None
+        """What a custom step returns, in order: which metrics' results, and (None) numbers of its own.
+
+        None itself: the results of all metrics, as Keras's own steps return, or nobody knows yet."""
+
+    @property
+    def own_logs(self) -> list[str]:
+        """What a custom step returns besides the results of metrics."""
+        return [name for name, source in (self.returned or {}).items() if source is None]
+
+    @property
+    def results(self) -> dict[str, Source] | None:
+        """The results of metrics that a custom step returns; None: of all."""
+        if self.returned is None:
+            return None
+        return {name: source for name, source in self.returned.items() if source is not None}
 
     def __call__(self, data: Tree, share: float, whole: bool) -> tuple[list[Array], dict[str, Array]]:
         """Run the steps of a chunk. Collective.
@@ -83,7 +97,8 @@ class Steps:
 
     def _make(self, flat: Sequence[tf.Tensor], structure: Tree, whole: bool) -> Any:
         def run(flat: Sequence[tf.Tensor], share: tf.Tensor) -> Any:
-            return self._run(flat, structure, share, whole)
+            steps = self._run_eagerly if self._model.run_eagerly else self._run
+            return steps(flat, structure, share, whole)
 
         if self._model.run_eagerly:
             return run
@@ -111,6 +126,22 @@ class Steps:
             lambda step, *_: step < num_steps, body, (tf.constant(0), kept, logs), parallel_iterations=1
         )
         return [array.stack() for array in kept], {key: array.stack() for key, array in logs.items()}
+
+    def _run_eagerly(self, flat: Sequence[tf.Tensor], structure: Tree, share: tf.Tensor, whole: bool) -> Any:
+        """The same, step by step in Python; what a custom step returns is found out on the way."""
+        kept: list[list[tf.Tensor]] = []
+        logs: list[dict[str, tf.Tensor]] = []
+        for step in range(flat[0].shape[0]):
+            data = keras_batch(tf.nest.pack_sequence_as(structure, [tensor[step] for tensor in flat]))
+            is_known = self.returned is not None or not self._is_custom
+            take = self._one_step if is_known else self._first_step
+            returned = flat_logs(take(data, share, whole))
+            if not self._metrics.records_steps:
+                kept.clear()
+            kept.append(self._metrics.read())
+            logs.append({key: tf.cast(returned[key], tf.float64) * share for key in self.own_logs})
+        states = [tf.stack(values) for values in zip(*kept, strict=True)]
+        return states, {key: tf.stack([values[key] for values in logs]) for key in self.own_logs}
 
     def _one_step(self, data: Tree, share: tf.Tensor, whole: bool) -> dict[str, Any]:
         step = self._model.train_step if self._kind == "train" else self._model.test_step
@@ -159,7 +190,7 @@ class Steps:
         """Find out what a step of the model's own returns, and let it build what it builds, by tracing it once.
 
         The graph is thrown away, and no variable changes; Python in the step runs once more. Keras's own steps need
-        none of it.
+        none of it. Where steps run eagerly the first one tells.
 
         Args:
             batch: (x,), (x, y) or (x, y, sample_weight); every leaf is (rows, ...).
@@ -167,23 +198,27 @@ class Steps:
         Returns:
             Whether there was anything to find out.
         """
-        if not self._is_custom:
+        if not self._is_custom or self._model.run_eagerly:
             return False
-        returned: list[str] = []
-        updated: list[str] = []
-        flat = tf.nest.flatten(batch)
 
         def trace(*tensors: tf.Tensor) -> None:
             data = keras_batch(tf.nest.pack_sequence_as(batch, tensors))
-            with recorded_assignments() as assigned, self._over_ranks(tf.constant(1.0, tf.float64), False):
-                returned.extend(flat_logs(getattr(self._model, f"{self._kind}_step")(data)))
-            updated.extend(self._metrics.updated(assigned))
+            self._first_step(data, tf.constant(1.0, tf.float64), False)
 
-        specs = [tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype) for leaf in flat]
+        specs = [tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype) for leaf in tf.nest.flatten(batch)]
         tf.function(trace, autograph=False).get_concrete_function(*specs)
-        self.own_logs = tuple(name for name in returned if name not in updated)
-        self.returned = tuple(returned)
         return True
+
+    def _first_step(self, data: Tree, share: tf.Tensor, whole: bool) -> dict[str, Any]:
+        """A step, and find out what it returns: of which metric a value is, tells who made it, or else its name."""
+        with recorded_assignments() as assigned, self._metrics.recorded_results() as results:
+            logs = self._one_step(data, share, whole)
+        by_name = self._metrics.updated(assigned)
+        self.returned = {
+            name: next((source for found, source in results if found is value), by_name.get(name))
+            for name, value in flat_logs(logs).items()
+        }
+        return logs
 
 
 def concatenate(parts: Sequence[Sequence[Array]]) -> list[Array]:

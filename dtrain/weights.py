@@ -39,6 +39,7 @@ class Weights:
         self._model: keras.Model | None = None
         self._model_as_made: tuple[Any, ...] = ()  # how model_fn compiled it
         self._model_is_current = False  # it has the workers' weights
+        self._beside: State = {}  # what belongs to these and is not in the local model
         self._pending: State | None = None  # what the workers get as soon as there are any
         self._are_lost = False  # the workers died with them
         self._checkpoint: str | None = None
@@ -60,7 +61,7 @@ class Weights:
         """A keras.Model in this process with the weights as they are now."""
         import_tensorflow()
         from dtrain.keras_internals import compiled_parts
-        from dtrain.model import build_variables, make_model, write_state
+        from dtrain.model import build_variables, make_model, pick, write_state
 
         if self._model is None:
             self._model = make_model(self._model_fn, self._config)
@@ -73,7 +74,8 @@ class Weights:
         if state is None and not self._model_is_current and group is not None and group.description is not None:
             state = group.call("read_state")[0]
         if state is not None and self._model.built:
-            write_state(self._model, _without_random(state))
+            waiting = write_state(self._model, _without_random(state))
+            self._beside = {**pick(state, ("seeds",)), **waiting}
             self._model_is_current = True
         return self._model
 
@@ -96,9 +98,7 @@ class Weights:
 
     def take_model(self, model: "keras.Model", group: WorkerGroup | None) -> None:
         """Give the workers the local model's weights, now or when they start."""
-        from dtrain.model import read_state
-
-        self._take(_without_random(read_state(model)), group)
+        self._take(self._state_of(model), group)
 
     def take_checkpoint(self, url: str, group: WorkerGroup | None) -> None:
         """Give the workers a checkpoint's weights, now or when they start.
@@ -135,9 +135,7 @@ class Weights:
         if self._pending is not None:
             return
         if self._model_is_current and self._model is not None:
-            from dtrain.model import read_state
-
-            self._pending = _without_random(read_state(self._model))
+            self._pending = self._state_of(self._model)
             return
         if group.description is None:  # it was never built and has nothing to lose
             self._are_lost = False
@@ -156,11 +154,17 @@ class Weights:
         self._model_is_current = False
         if self._checkpoint is None:
             log.warning("the workers died with the weights, and there is no checkpoint: starting again from model_fn's")
-            self._model = None
+            self._model, self._beside = None, {}
         else:
             log.warning("the workers died with the weights: going on from %s", self._checkpoint)
             self.take_checkpoint(self._checkpoint, None)
         self._are_lost = False
+
+    def _state_of(self, model: "keras.Model") -> "State":
+        """The local model's state, and what belongs to it of the workers'; its own random numbers are nobody's."""
+        from dtrain.model import leave_out, read_state
+
+        return {**leave_out(read_state(model), ("random", "seeds")), **self._beside}
 
     def _take(self, state: "State", group: WorkerGroup | None) -> None:
         self._pending, self._model_is_current = state, False

@@ -24,10 +24,11 @@ from dtrain import arguments
 from dtrain.collective import LocalCollective
 from dtrain.data.given import Deferred
 from dtrain.data.loader import Loader
+from dtrain.data.source import ArraySource
 from dtrain.data.stream import StreamLoader
 from dtrain.errors import ConfigError, DataError, DtrainError, LostPeer, WorkerError
 from dtrain.feeds import open_feed
-from dtrain.types import Batching, FitPlan, Position, Segment
+from dtrain.types import Batching, BatchPlan, FitPlan, Position, Segment
 
 for module in (models, sys.modules[__name__]):  # the workers do not have the tests' folder on their path
     cloudpickle.register_pickle_by_value(module)
@@ -426,7 +427,85 @@ def test_segments_sent_past_an_unknown_end_are_passed_over(ranks: Ranks) -> None
     assert ranks.run(2, segments_past_the_end) == [expected, expected]
 
 
+class SeesBatches(keras.callbacks.Callback):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int, float]] = []
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.seen.append(("train", batch, logs["loss"]))
+
+    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.seen.append(("test", batch, logs["loss"]))
+
+
+@pytest.mark.parametrize("segment", [1, 2, 7, 100])
+@in_float64
+def test_the_last_partial_execution_has_its_hook_though_nobody_knows_that_it_is_the_last(segment: int) -> None:
+    from dtrain.replica import Replica
+
+    def model() -> keras.Model:
+        made = fresh_model()
+        made.steps_per_execution = 3
+        return made
+
+    plain, ours = SeesBatches(), SeesBatches()
+    model().fit(of_unknown_length(), validation_data=of_unknown_length(), epochs=2, callbacks=[plain], verbose=0)
+    replica = Replica(model(), LocalCollective())
+    plan = FitPlan(Batching(), 2, validation=Batching())
+    replica.begin_fit(plan, deferred(of_unknown_length), deferred(of_unknown_length), [ours])
+    position = Position(0, 0)
+    while position.epoch < 2:
+        position = replica.run(Segment(position, segment)).position
+    assert [(kind, batch) for kind, batch, _ in ours.seen] == [(kind, batch) for kind, batch, _ in plain.seen]
+    assert np.allclose([loss for *_, loss in ours.seen], [loss for *_, loss in plain.seen], rtol=0, atol=1e-10)
+
+
+def wrong_in_row_six() -> Any:
+    x, y = arrays(8)
+    yield x, np.where(np.arange(8) == 6, 99, y)
+
+
+@in_float64
+def error_of_the_first_batch(collective: Any) -> str | None:
+    from dtrain.replica import Replica
+
+    try:
+        Replica(fresh_model(), collective).begin_fit(FitPlan(Batching(), 1), deferred(wrong_in_row_six))
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def test_a_wrong_value_is_named_by_its_row_in_the_whole_mini_batch(ranks: Ranks) -> None:
+    first, second = ranks.run(2, error_of_the_first_batch)
+    assert first is None and "y is 99 in row 6:" in second
+
+
 # --- evaluate and predict
+
+
+@pytest.mark.parametrize("data", [lambda: deferred(dataset), lambda: ArraySource(*arrays())])
+@in_float64
+def test_a_call_that_evaluates_has_few_bytes(monkeypatch: pytest.MonkeyPatch, data: Any) -> None:
+    from dtrain import replica as module
+
+    counts = []
+
+    def call(self: Any, kind: Any, chunk: Any) -> Any:
+        counts.append(chunk.num_steps)
+        return plain(self, kind, chunk)
+
+    plain = module.Replica._call
+    monkeypatch.setattr(module.Replica, "_call", call)
+    replica = module.Replica(fresh_model(), LocalCollective())
+    row = (5 + 1) * 8
+    for calls_bytes, most in ((64 << 20, 6), (2 * BATCH * row, 2), (1, 1)):
+        monkeypatch.setattr(module, "CALL_BYTES", calls_bytes)
+        counts.clear()
+        given = data()
+        replica.evaluate(Batching() if isinstance(given, Deferred) else BatchPlan(ROWS, BATCH), given)
+        assert sum(counts) == 7 and max(counts) == most
 
 
 def named_batches(with_targets: bool = True) -> Any:
@@ -610,6 +689,24 @@ def test_a_batch_size_is_refused_where_data_bring_batches_and_cuts_arrays() -> N
     assert isinstance(feed, Loader) and feed.steps_per_epoch == 6
 
 
+FIT: dict[str, Any] = {
+    "batch_size": None,
+    "epochs": 2,
+    "initial_epoch": 0,
+    "validation_split": 0.0,
+    "validation_data": None,
+    "shuffle": True,
+    "class_weight": None,
+    "sample_weight": None,
+    "steps_per_epoch": None,
+    "validation_steps": None,
+    "validation_batch_size": None,
+    "validation_freq": 1,
+    "seed": (0, 0),
+    "record_steps": False,
+}
+
+
 class TestInTheDriver:
     """Found before any worker starts."""
 
@@ -639,6 +736,17 @@ class TestInTheDriver:
         with pytest.raises(error, match=words.replace("()", r"\(\)")):
             dtrain.Trainer(make_classifier).fit(**given)
         assert list(in_tmp.iterdir()) == []
+
+    def test_a_dataset_that_shuffles_is_told_to_do_so_no_more(self, caplog: pytest.LogCaptureFixture) -> None:
+        ordered = tf.data.Dataset.from_tensor_slices(arrays())
+        once = ordered.shuffle(ROWS, seed=3, reshuffle_each_iteration=False)
+        for quiet in (ordered.batch(8), once.batch(8)):
+            arguments.fit_arguments(quiet, None, **FIT)
+        arguments.fit_arguments(ordered.batch(8), None, **{**FIT, "validation_data": dataset()})
+        arguments.fit_arguments(dataset(), None, **{**FIT, "epochs": 1})
+        assert not caplog.records
+        arguments.fit_arguments(tf.data.Dataset.zip(dataset(), dataset()).map(lambda one, other: one), None, **FIT)
+        assert "x is a tf.data.Dataset that shuffles" in caplog.text and "pass a function" in caplog.text
 
     def test_a_dataset_is_read_once_if_it_is_small(self, monkeypatch: pytest.MonkeyPatch) -> None:
         read = arguments.data_of(dataset(), class_weight={0: 2.0, 2: 1.0})

@@ -1,0 +1,172 @@
+"""Claims about what is traced: steps of a model's own, what they return, and that one rank is plain Keras."""
+
+import sys
+from typing import Any
+
+import cloudpickle
+import keras
+import models
+import numpy as np
+import pytest
+import tensorflow as tf
+import warm
+from keras import layers, ops
+from models import blobs
+from ranks import Ranks
+from warm import differences
+
+from dtrain.collective import LocalCollective
+from dtrain.data.source import ArraySource
+from dtrain.replica import Replica
+from dtrain.types import BatchPlan, FitPlan, Position, Segment
+
+for module in (models, warm, sys.modules[__name__]):
+    cloudpickle.register_pickle_by_value(module)  # the ranks do not have the tests' folder on their path
+
+ROWS, BATCH = 21, 8
+"""Three mini-batches; the last has 5 rows, uneven at two ranks."""
+TOLERANCE = 2e-5
+"""Of float32. A mean of the ranks' running means is off by far more."""
+
+
+class Extremes(keras.metrics.Metric):  # type: ignore[misc]
+    """Two results by name: the part of the predictions that is above the target, and that below."""
+
+    def __init__(self, name: str = "extremes") -> None:
+        super().__init__(name=name)
+        self.above = self.add_variable((), "zeros", name="above")
+        self.rows = self.add_variable((), "zeros", name="rows")
+
+    def update_state(self, y: Any, predicted: Any, sample_weight: Any = None) -> None:
+        self.above.assign_add(ops.sum(ops.cast(predicted > y, self.dtype)))
+        self.rows.assign_add(ops.cast(ops.shape(predicted)[0], self.dtype))
+
+    def result(self) -> Any:
+        return {"over": self.above / self.rows, "below": 1 - self.above / self.rows}
+
+
+class Plain(keras.Model):  # type: ignore[misc]
+    """A model with a metric of its own, and Keras's steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = layers.Dense(1)
+        self.error = keras.metrics.MeanSquaredError(name="error")
+        self.extremes = Extremes()
+
+    def build(self, shape: Any) -> None:
+        self.out.build(shape)
+        self.built = True
+
+    def call(self, x: Any) -> Any:
+        return self.out(x)
+
+
+class Renames(Plain):
+    """Steps that return results under names of their own, beside a number that is no metric's."""
+
+    def train_step(self, data: Any) -> Any:
+        x, y = data
+        with tf.GradientTape() as tape:
+            predicted = self(x, training=True)
+            loss = ops.mean(ops.square(predicted - y))
+        self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return self._told(y, predicted)
+
+    def test_step(self, data: Any) -> Any:
+        x, y = data
+        return self._told(y, self(x, training=False))
+
+    def _told(self, y: Any, predicted: Any) -> Any:
+        over = self.extremes(y, predicted)["over"]
+        return {"of_squares": self.error(y, predicted), "part": over, "spread": ops.mean(ops.abs(predicted))}
+
+
+class ReadsValues(Renames):
+    """Steps that cannot be traced, and count their calls."""
+
+    calls = 0
+
+    def train_step(self, data: Any) -> Any:
+        self.calls += 1
+        logs = super().train_step(data)
+        return {**logs, "double": 2 * float(logs["spread"].numpy())}
+
+
+class Adds(Plain):
+    """Adds a number of its own to the metrics of Keras's steps."""
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        self.error.update_state(y, y_pred)
+        self.extremes.update_state(y, y_pred)
+        return {**super().compute_metrics(x, y, y_pred, sample_weight), "spread": ops.mean(ops.abs(y_pred))}
+
+
+class Derives(Adds):
+    """Shows what is computed from a metric's result."""
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        super().compute_metrics(x, y, y_pred, sample_weight)
+        return self.get_metrics_result()
+
+    def get_metrics_result(self) -> Any:
+        results = super().get_metrics_result()
+        return {**results, "root": ops.sqrt(results["error"])}
+
+
+class UpdatesItself(Renames):
+    """A step without an optimizer."""
+
+    def train_step(self, data: Any) -> Any:
+        x, y = data
+        for variable in self.trainable_variables:
+            variable.assign(variable * 0.5)
+        return self._told(y, self(x))
+
+
+def data() -> tuple[np.ndarray, np.ndarray]:
+    x, _ = blobs(ROWS)
+    return x, x[:, :1] * 2.0 + x[:, 1:2]
+
+
+def made(kind: type[Plain], eager: bool) -> keras.Model:
+    keras.backend.clear_session(free_memory=False)
+    keras.utils.set_random_seed(3)
+    model = kind()
+    compiled = ["mae"] if issubclass(kind, Adds) else None  # Keras does not build these for steps of one's own
+    model.compile(keras.optimizers.SGD(0.05), "mse", metrics=compiled, run_eagerly=eager)
+    return model
+
+
+def plain(kind: type[Plain], eager: bool) -> Any:
+    """Weights, history, evaluation, and how often Python was in the step where it counts that."""
+    model, (x, y) = made(kind, eager), data()
+    history = model.fit(x, y, batch_size=BATCH, epochs=2, shuffle=False, validation_data=(x, y), verbose=0)
+    logs = model.evaluate(x, y, batch_size=BATCH, return_dict=True, verbose=0)
+    return model.get_weights(), history.history, logs, getattr(model, "calls", 0)
+
+
+def ours(collective: Any, kind: type[Plain], eager: bool) -> Any:
+    replica, source = Replica(made(kind, eager), collective), ArraySource(*data())
+    rows = BatchPlan(ROWS, BATCH)
+    replica.begin_fit(FitPlan(rows, 2, validation=rows), source, source)
+    for epoch in range(2):
+        replica.run(Segment(Position(epoch, 0), 3))
+    history = replica.end_fit()
+    logs = replica.evaluate(rows, source)
+    return replica.model.get_weights(), history, logs, getattr(replica.model, "calls", 0)
+
+
+STEPS = [(Renames, False), (Renames, True), (ReadsValues, True), (Adds, False), (Derives, False)]
+
+
+@pytest.mark.parametrize(("kind", "eager"), STEPS)
+def test_what_a_step_returns_is_what_keras_shows(ranks: Ranks, kind: Any, eager: bool) -> None:
+    expected = plain(kind, eager)
+    assert differences(ours(LocalCollective(), kind, eager), expected, TOLERANCE) == []
+    for rank in ranks.run(2, ours, kind, eager):
+        assert differences(rank, expected, TOLERANCE) == []
+
+
+def test_one_rank_may_do_without_an_optimizer() -> None:
+    assert differences(ours(LocalCollective(), UpdatesItself, False), plain(UpdatesItself, False), TOLERANCE) == []
