@@ -26,6 +26,14 @@ from dtrain.types import Array, Tree
 
 Kind = Literal["train", "test"]
 
+_RANDOM = {
+    *("RandomUniform", "RandomUniformInt", "RandomStandardNormal", "TruncatedNormal", "ParameterizedTruncatedNormal"),
+    *("RandomShuffle", "RandomGamma", "RandomPoisson", "RandomPoissonV2", "Multinomial"),
+    *("RngReadAndSkip", "RngSkip", "StatefulUniform", "StatefulStandardNormalV2", "StatefulTruncatedNormal"),
+    *("StatefulUniformInt", "StatefulUniformFullInt", "StatefulRandomBinomial"),
+}
+"""TensorFlow's operations that draw on a state of the process, or on a variable that is no Keras variable."""
+
 
 class Steps:
     """K steps in one call, traced once for any K and any number of rows.
@@ -52,6 +60,7 @@ class Steps:
         self._kind = kind
         self._sparse_as_dense = sparse_as_dense
         self._functions: dict[Any, Any] = {}
+        self._has_warned = False
         self._is_custom = any(
             getattr(type(model), name) is not getattr(keras.Model, name) for name in (f"{kind}_step", "compute_metrics")
         )
@@ -117,6 +126,7 @@ class Steps:
         def body(step: tf.Tensor, kept: list[Any], logs: dict[str, Any]) -> Any:
             data = tf.nest.pack_sequence_as(structure, [tensor[step] for tensor in flat])
             returned = flat_logs(self._one_step(keras_batch(data), share, whole))
+            self._warn_of_unsaved_random_numbers()
             slot = step if keep_all else 0
             kept = [array.write(slot, value) for array, value in zip(kept, self._metrics.read(), strict=True)]
             logs = {key: array.write(step, tf.cast(returned[key], tf.float64) * share) for key, array in logs.items()}
@@ -126,6 +136,20 @@ class Steps:
             lambda step, *_: step < num_steps, body, (tf.constant(0), kept, logs), parallel_iterations=1
         )
         return [array.stack() for array in kept], {key: array.stack() for key, array in logs.items()}
+
+    def _warn_of_unsaved_random_numbers(self) -> None:
+        """Say once, where the user sees it, that a step that was just traced draws on states that no checkpoint has.
+
+        What is inside of functions that the step calls is not seen.
+        """
+        types = {operation.type for operation in tf.compat.v1.get_default_graph().get_operations()}
+        found = sorted(types & _RANDOM)
+        if found and not self._has_warned and self._collective.rank == 0:
+            self._has_warned = True
+            print(
+                f"the model draws random numbers by TensorFlow's own operations ({', '.join(found)}), whose state is"
+                " in no checkpoint: a fit that is gone on with draws others; keras.random with a SeedGenerator is saved"
+            )
 
     def _run_eagerly(self, flat: Sequence[tf.Tensor], structure: Tree, share: tf.Tensor, whole: bool) -> Any:
         """The same, step by step in Python; what a custom step returns is found out on the way."""

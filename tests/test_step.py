@@ -170,3 +170,40 @@ def test_what_a_step_returns_is_what_keras_shows(ranks: Ranks, kind: Any, eager:
 
 def test_one_rank_may_do_without_an_optimizer() -> None:
     assert differences(ours(LocalCollective(), UpdatesItself, False), plain(UpdatesItself, False), TOLERANCE) == []
+
+
+class Noisy(layers.Layer):  # type: ignore[misc]
+    def __init__(self, draw: Any) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        return x + self.draw(x) if training else x
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("tf.random", "RandomStandardNormal"),
+        ("tf.random.Generator", "RngReadAndSkip"),
+        ("keras.random", None),
+    ],
+)
+def test_random_numbers_that_no_checkpoint_has_are_named_once(
+    source: str, named: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = tf.random.Generator.from_seed(1)
+    draw = {
+        "tf.random": lambda x: tf.random.normal(tf.shape(x)),
+        "tf.random.Generator": lambda x: generator.normal(tf.shape(x)),
+        "keras.random": lambda x: keras.random.normal((1,), seed=3),
+    }[source]
+    model = keras.Sequential([keras.Input((5,)), Noisy(draw), layers.Dropout(0.1), layers.Dense(1)])
+    model.compile("sgd", "mse")
+    replica = Replica(model, LocalCollective())
+    x, y = blobs(8)
+    for _ in range(2):
+        replica.on_batch("train", ArraySource(x, y))
+        replica.on_batch("train", ArraySource(x, y[:, None]))
+    printed = capsys.readouterr().out
+    assert printed.count("in no checkpoint") == (1 if named else 0) and (named or "") in printed
