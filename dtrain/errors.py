@@ -5,6 +5,7 @@
     ├── DataError         the data cannot be used as given (also a ValueError)
     ├── WorkerError       a worker died or raised; carries rank, host and the remote traceback
     ├── CheckpointError   a checkpoint is missing, damaged or of another model
+    │   └── TakenOver     another driver trains the run by now
     ├── TrackingError     MLflow refused what it was asked
     └── LostPeer          a rank cannot go on because another failed, which tells why; users see the other's error
 
@@ -26,6 +27,10 @@ class DataError(DtrainError, ValueError):
 
 class CheckpointError(DtrainError):
     """A checkpoint is missing, damaged, or of another model."""
+
+
+class TakenOver(CheckpointError):
+    """Another driver trains the run by now: this one may write nothing more."""
 
 
 class TrackingError(DtrainError):

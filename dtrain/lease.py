@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from types import TracebackType
 
-from dtrain.errors import CheckpointError, ConfigError
+from dtrain.errors import CheckpointError, ConfigError, TakenOver
 from dtrain.storage import Folder
 
 LEASE = "lease.json"
@@ -83,7 +83,8 @@ class Lease(ABC):
         """Confirms that the lease is still held; to be called before every commit.
 
         Raises:
-            CheckpointError: another driver has taken it over, or that cannot be found out: nothing may be written.
+            TakenOver: another driver has: nothing may be written.
+            CheckpointError: that cannot be found out.
         """
         if not self._is_held or self._mine.pid != os.getpid():
             raise CheckpointError(
@@ -97,7 +98,7 @@ class Lease(ABC):
                 "writes checkpoints of this run"
             ) from error
         if found is None or found.token != self._mine.token:
-            raise CheckpointError(
+            raise TakenOver(
                 f"{_run(self._folder)} was taken over by {found or 'somebody who removed its lease'}: this driver "
                 "writes no more checkpoints; train under another run_name"
             )

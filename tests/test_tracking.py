@@ -322,6 +322,8 @@ class MortalClient:
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
+            if self.calls <= 0:
+                raise OSError("dead")
             result = getattr(self._client, name)(*args, **kwargs)
             self.calls -= 1
             if self.calls == 0:
