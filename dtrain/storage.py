@@ -89,14 +89,15 @@ class Folder:
             return
         _make_folder(self.path, 0o700)
 
-    def write(self, name: str, data: bytes) -> None:
-        """Writes a file and, on a local disk, waits until it is there. The folder must exist."""
+    def write(self, name: str, *parts: bytes | memoryview) -> None:
+        """Writes a file, part after part, and, on a local disk, waits until it is there. The folder must exist."""
         if not self.is_local:
             # At once: a file that is opened and closed would, if the writing fails, be kept as far as it got.
-            self._fs.pipe_file(f"{self.path}/{name}", data)
+            self._fs.pipe_file(f"{self.path}/{name}", parts[0] if len(parts) == 1 else b"".join(parts))
             return
         with open(f"{self.path}/{name}", "wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
 

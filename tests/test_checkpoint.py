@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from dtrain import checkpoint as module
 from dtrain.checkpoint import Checkpoint, CheckpointStore, Manifest, load, read_manifest, structure_digest
@@ -97,6 +99,31 @@ def test_every_dtype_and_shape_comes_back(store: CheckpointStore) -> None:
         back = got["model.safetensors"][name]
         assert (back.dtype, back.shape) == (tensor.dtype.newbyteorder("="), tensor.shape)
         assert back.tobytes() == tensor.astype(tensor.dtype.newbyteorder("=")).tobytes(), name
+
+
+def test_the_format_s_own_library_reads_what_is_written(tmp_path: Path) -> None:
+    tensors = {"a": np.arange(6.0).reshape(2, 3), "é": np.arange(3, dtype=np.uint8), "z": np.zeros((0, 4), np.float32)}
+    staging = CheckpointStore(str(tmp_path)).stage(1)
+    for name, written in (("model.safetensors", tensors), ("empty.safetensors", {})):
+        staging.write_tensors(name, written)
+        read = safetensors.numpy.load(Path(staging.url, name).read_bytes())
+        assert read.keys() == written.keys()
+        for key, tensor in written.items():
+            assert (read[key].dtype, read[key].shape) == (tensor.dtype, tensor.shape)
+            assert read[key].tobytes() == tensor.tobytes()
+
+
+def test_tensors_are_written_from_the_memory_where_they_are(tmp_path: Path) -> None:
+    """A copy would double what a checkpoint needs, and be made while no step can run."""
+    tensors = {"w": np.zeros(32 << 20, np.uint8), "b": np.zeros((1 << 20, 2), np.float64)}
+    staging = CheckpointStore(str(tmp_path)).stage(1)
+    tracemalloc.start()
+    try:
+        staging.write_tensors("model.safetensors", tensors)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20
 
 
 def test_what_cannot_be_stored_is_refused(store: CheckpointStore) -> None:
