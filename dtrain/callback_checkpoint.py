@@ -5,20 +5,14 @@ JSON values and arrays: nothing is pickled. What the state of Keras's callbacks 
 tests/test_keras_internals.py says what must be true of the names in the table.
 """
 
-import ast
 import contextlib
-import inspect
 import os
-import random
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import numpy as np
 
-from dtrain.errors import CheckpointError
 from dtrain.state_tree import pack, unpack
 from dtrain.types import Array
 
@@ -65,16 +59,38 @@ def save_states(callbacks: Sequence[Any]) -> list[CallbackState | None]:
     return [_state_of(callback, f"callbacks[{index}]") for index, callback in enumerate(callbacks)]
 
 
+def matched(
+    callbacks: Sequence[Any], states: Sequence[CallbackState | None]
+) -> tuple[list[CallbackState | None], list[str]]:
+    """The saved state of each callback, and what the user should know of those that do not fit together.
+
+    A state belongs to the first callback of its class, and of its form, that has none yet: so callbacks may be added,
+    left out and put into another order. None: the callback begins anew.
+    """
+    left = [state for state in states if state is not None]
+    found: list[CallbackState | None] = []
+    notes: list[str] = []
+    for callback in callbacks:
+        kind, parts = _kind(callback), _parts(callback)
+        state = next((state for state in left if state.kind == kind and set(state.values) == parts), None)
+        found.append(state)
+        if state is not None:
+            left = [other for other in left if other is not state]
+        elif parts:
+            notes.append(f"{kind} begins anew: the checkpoint has no state of it")
+        elif not _is_keras(type(callback)):
+            notes.append(f"{kind} begins anew: it offers no get_state and set_state")
+    notes += [f"the checkpoint has the state of a {state.kind}, which is no callback of this fit" for state in left]
+    return found, list(dict.fromkeys(notes))
+
+
 def prepare_resume(callbacks: Sequence[Any], states: Sequence[CallbackState | None]) -> None:
     """Get files ready to be continued; on rank 0 alone, before `on_train_begin`.
 
-    A CSVLogger will append, also if it was made to begin anew, and the rows that were written after `states` were saved
-    are cut off its file: they will be written again. A file that is not there, or shorter, is left as it is.
-
-    Raises:
-        CheckpointError: the states are of other callbacks.
+    A CSVLogger will append, also if it was made to begin anew, and the rows that were written after `states`, as
+    `matched` gives them, were saved are cut off its file: they will be written again. A file that is not there, or
+    shorter, is left as it is.
     """
-    _check_same(callbacks, states)
     for callback, state in zip(callbacks, states, strict=True):
         if state is not None and "CSVLogger" in _keras_classes(callback):
             if state.values.get("size") is not None:
@@ -86,26 +102,15 @@ def restore_states(callbacks: Sequence[Any], states: Sequence[CallbackState | No
     """Give each callback that runs on this rank its state; after `on_train_begin`, which resets some.
 
     Args:
-        callbacks: all of the user's, in the order in which they were saved.
-        states: what `save_states` returned.
+        callbacks: all of the user's.
+        states: theirs, as `matched` gives them.
 
     Raises:
-        CheckpointError: the states are of other callbacks, or cannot be read.
+        CheckpointError: a state cannot be read.
     """
-    _check_same(callbacks, states)
     for callback, state in zip(callbacks, states, strict=True):
         if state is not None and _runs_here(callback):
             _restore(callback, state)
-
-
-def forgetful(callbacks: Sequence[Any]) -> list[str]:
-    """The classes of the user's callbacks that change themselves and offer no state: they begin anew at a resume.
-
-    Found by reading their source: whether a method assigns or fills an attribute of its own object. What is behind
-    other objects, or in variables around a function, is not seen.
-    """
-    names = [type(callback).__name__ for callback in callbacks if not _offers(callback) and _changes_itself(callback)]
-    return list(dict.fromkeys(names))
 
 
 # --- one callback
@@ -121,7 +126,7 @@ def _state_of(callback: Any, name: str) -> CallbackState | None:
     if "attributes" in parts:
         held = vars(callback)
         values["attributes"] = {
-            key: pack(_without_tensors(held[key]), f"{name}.{key}", arrays)
+            key: pack(without_tensors(held[key]), f"{name}.{key}", arrays)
             for key in _keras_attributes(callback)
             if key in held
         }
@@ -158,23 +163,6 @@ def _parts(callback: Any) -> set[str]:
     return parts
 
 
-def _check_same(callbacks: Sequence[Any], states: Sequence[CallbackState | None]) -> None:
-    fix = "pass the callbacks of the fit that wrote it, in the same order"
-    if len(callbacks) != len(states):
-        ours = ", ".join(type(callback).__name__ for callback in callbacks) or "none"
-        raise CheckpointError(
-            f"the checkpoint is of {len(states)} callbacks, this fit has {len(callbacks)} ({ours}): {fix}"
-        )
-    for index, (callback, state) in enumerate(zip(callbacks, states, strict=True)):
-        kind = _kind(callback)
-        there = "no state" if state is None else f"the state of a {state.kind}"
-        if state is not None and state.kind == kind and set(state.values) != _parts(callback):
-            there += " with other parts (did its class gain or lose get_state and set_state?)"
-        elif (state is None and not _parts(callback)) or (state is not None and state.kind == kind):
-            continue
-        raise CheckpointError(f"callbacks[{index}] is a {kind}, but the checkpoint has {there} at its place: {fix}")
-
-
 def _kind(callback: Any) -> str:
     own = type(callback)
     return f"keras.callbacks.{own.__name__}" if _is_keras(own) else own.__qualname__
@@ -202,12 +190,12 @@ def _runs_here(callback: Any) -> bool:
     return given is None or not _is_keras(given) or callback._model is not None
 
 
-def _without_tensors(value: Any) -> Any:
+def without_tensors(value: Any) -> Any:
     """Metrics may be tensors where a callback of the user's put them into the logs."""
     if isinstance(value, list):
-        return [_without_tensors(item) for item in value]
+        return [without_tensors(item) for item in value]
     if isinstance(value, dict):
-        return {key: _without_tensors(item) for key, item in value.items()}
+        return {key: without_tensors(item) for key, item in value.items()}
     if hasattr(value, "__array__") and not isinstance(value, (np.ndarray, np.generic)):
         return np.asarray(value)[()]
     return value
@@ -229,55 +217,3 @@ def _cut(filename: str, size: int) -> None:
         file.seek(max(size - 1, 0))
         if size == 0 or file.read(1) == b"\n":
             file.truncate(size)
-
-
-# --- what changes itself
-
-_BEFORE_TRAINING = {"__init__", "__new__", "__setstate__", "set_model", "set_params"}
-_FILLING = {
-    *("append", "appendleft", "add", "clear", "discard", "extend", "insert", "pop", "popitem", "popleft"),
-    *("remove", "reset_state", "reverse", "setdefault", "sort", "update", "update_state"),
-}
-_RANDOM = (random.Random, np.random.Generator, np.random.RandomState)
-
-
-def _changes_itself(callback: Any) -> bool:
-    if any(isinstance(value, _RANDOM) for value in vars(callback).values()):
-        return True
-    own = set(vars(callback)) - {"_model", "params"}
-    return any(_changes(method, own) for method in _methods_of_user(callback))
-
-
-def _methods_of_user(callback: Any) -> Iterator[FunctionType]:
-    for kind in type(callback).__mro__:
-        if kind is not object and not _is_keras(kind):
-            methods = [item for name, item in vars(kind).items() if name not in _BEFORE_TRAINING]
-            yield from (method for method in methods if isinstance(method, FunctionType))
-
-
-def _changes(method: FunctionType, own: set[str]) -> bool:
-    """Whether a method assigns or fills an attribute of its object, as far as its source tells."""
-    code = inspect.unwrap(method).__code__
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
-    except (OSError, SyntaxError):
-        return bool(own & set(code.co_names))  # no source: it may
-    me = code.co_varnames[:1]
-    return any(_stores(node, me) or _fills(node, me) for node in ast.walk(tree))
-
-
-def _stores(node: ast.AST, me: tuple[str, ...]) -> bool:
-    return isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)) and _is_attribute(node, me)
-
-
-def _fills(node: ast.AST, me: tuple[str, ...]) -> bool:
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-        return False
-    return node.func.attr in _FILLING and _is_attribute(node.func.value, me)
-
-
-def _is_attribute(node: ast.AST, me: tuple[str, ...]) -> bool:
-    """Whether a node is `self.name`, or an item in it."""
-    while isinstance(node, ast.Subscript):
-        node = node.value
-    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in me

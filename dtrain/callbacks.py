@@ -55,6 +55,7 @@ class RankCallbacks:
         self._only_first = [callback for callback in callbacks if not runs_on_every_rank(callback)]
         own = [c for c in callbacks if collective.rank == 0 or runs_on_every_rank(c)]
         self._list = keras.callbacks.CallbackList(own, add_history, model=model, **params)
+        self._given = callbacks
         self._with_batches = {
             kind: any(_looks_at_batches(callback, kind) for callback in callbacks)
             for kind in ("train", "test", "predict")
@@ -79,6 +80,10 @@ class RankCallbacks:
         """Keras's History of the fit so far."""
         history: dict[str, list[float]] = self._model.history.history
         return history
+
+    def with_state(self) -> list[keras.callbacks.Callback]:
+        """All whose state belongs to a fit: Keras's History and then the user's, in the order given."""
+        return [self._model.history, *self._given]
 
     def _may_differ(self, hook: str) -> bool:
         """Whether `hook` may have had another effect on rank 0 than on others.

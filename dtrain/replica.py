@@ -6,7 +6,7 @@ its Collective alone. All ranks make the same calls in the same order.
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from dtrain.batch_norm import synchronize
+from dtrain.callback_checkpoint import matched, prepare_resume, restore_states, save_states, without_tensors
 from dtrain.callbacks import RankCallbacks
 from dtrain.collective import Collective
 from dtrain.data.checks import check_batch
@@ -24,6 +25,7 @@ from dtrain.data.source import ArraySource, Rows, keras_batch, leaves, map_tree
 from dtrain.data.stream import StreamLoader
 from dtrain.errors import ConfigError
 from dtrain.feeds import OpenFeed, open_feed, to_tensors
+from dtrain.fit_state import SavedFit, Snapshot
 from dtrain.metrics import MetricState, sum_in_rank_order
 from dtrain.model import (
     State,
@@ -38,6 +40,7 @@ from dtrain.model import (
     write_state,
 )
 from dtrain.optimizer import collect_accumulated, drop_accumulated
+from dtrain.rank_state import read_own, write_own
 from dtrain.step import Kind, Steps, concatenate
 from dtrain.types import (
     Array,
@@ -105,6 +108,8 @@ class Replica:
         self._steps: dict[Kind, Steps] = {}
         self._predict_function: Any = None
         self._fit: _Fit | None = None
+        self._fitted: tuple[Position, RankCallbacks, Logs] | None = None
+        """Where the fit that is in progress, or the last one, stands, its callbacks, and the newest logs."""
         self._seconds_per_step: float | None = None
 
     # --- state
@@ -178,9 +183,23 @@ class Replica:
         validation: Given | OpenFeed | None = None,
         callbacks: Sequence[keras.callbacks.Callback] = (),
         verbose: int | str = 0,
+        saved: SavedFit | None = None,
     ) -> None:
-        """Get ready to run the segments of a fit. `train` and `validation` may be what `open` returned."""
+        """Get ready to run the segments of a fit.
+
+        Args:
+            plan: what to train.
+            train: the data; may be what `open` returned, as `validation`.
+            validation: what to validate on.
+            callbacks: the user's.
+            verbose: what they find in their `params`.
+            saved: a fit to go on with from where it was saved; its state holds once `on_train_begin` was called.
+
+        Raises:
+            CheckpointError: `saved` is of another model.
+        """
         collective = self.collective
+        self._close_feeds()  # of a fit that was interrupted
         feed = self.open(train, plan.train, "train", plan.initial_epoch)
         validating = None
         if validation is not None:
@@ -201,9 +220,43 @@ class Replica:
         )
         hooks = _BatchHooks("train", ranked, self.model.steps_per_execution, self._global_logs)
         batch_bytes = self._batch_bytes(feed, first)
-        self._fit = _Fit(plan, feed, validating, ranked, hooks, batch_bytes, validation_bytes, plan.initial_epoch)
+        start = saved.position if saved is not None else Position(plan.initial_epoch, 0)
+        self._fit = _Fit(plan, feed, validating, ranked, hooks, batch_bytes, validation_bytes, start.epoch)
+        self._fitted = start, ranked, {}
         self.model.stop_training = False
+        if saved is not None:
+            saved = self._prepare(saved, ranked)
         ranked("on_train_begin")
+        if saved is not None:
+            self._go_on_from(saved, self._fit)
+
+    def snapshot(self) -> Snapshot:
+        """A copy of all that a checkpoint holds of this rank, between two segments or after a fit. Changes nothing."""
+        assert self._fitted is not None
+        position, ranked, logs = self._fitted
+        own = read_own(self.model, self._metrics)
+        if self.collective.rank > 0:
+            return Snapshot(position, own)
+        return Snapshot(
+            position, own, self.read_state(alone=True), save_states(ranked.with_state()), without_tensors(logs)
+        )
+
+    def _prepare(self, saved: SavedFit, ranked: RankCallbacks) -> SavedFit:
+        """Find each callback's state, and get ready what `on_train_begin` would otherwise begin anew."""
+        states, notes = matched(ranked.with_state(), saved.callbacks)
+        if self.collective.rank == 0:
+            prepare_resume(ranked.with_state(), states)
+            for note in notes:
+                print(note)
+        return replace(saved, callbacks=states)
+
+    def _go_on_from(self, saved: SavedFit, fit: _Fit) -> None:
+        restore_states(fit.callbacks.with_state(), saved.callbacks)
+        fit.logs = dict(saved.logs)
+        if saved.position.step == 0:
+            fit.epoch_logs = dict(saved.logs)
+        self.write_state(dict(saved.state))
+        write_own(self.model, self._metrics, saved.own, self.collective, in_epoch=saved.position.step > 0)
 
     def _check_first_rows(self, feed: OpenFeed, first: Tree) -> None:
         """Look at this rank's rows of the first mini-batch before any of it trains the model."""
@@ -250,6 +303,7 @@ class Replica:
         logs = _numbers(fit.logs)
         epoch_end = self._end_epoch(fit, epoch) if ends_epoch else None
         fit.stopped = bool(self.model.stop_training)
+        self._fitted = position, fit.callbacks, fit.logs
         return SegmentResult(
             position=position,
             num_steps=num_steps,
@@ -269,12 +323,15 @@ class Replica:
         if isinstance(optimizer, keras.optimizers.Optimizer) and fit.plan.epochs > 0:
             optimizer.finalize_variable_values(self.model.trainable_weights)
         fit.callbacks("on_train_end", logs=fit.epoch_logs)
-        for feed in (fit.feed, fit.validation):
-            if feed is not None:
-                feed.close()
+        self._close_feeds()
         self._fit = None
         self.progress = Progress("idle")
         return fit.callbacks.history()
+
+    def _close_feeds(self) -> None:
+        for feed in (self._fit.feed, self._fit.validation) if self._fit is not None else ():
+            if feed is not None:
+                feed.close()
 
     def _train(self, fit: _Fit, segment: Segment) -> tuple[dict[str, Array], int, int]:
         """Run the steps. Returns each metric's value after each step, the number of steps and of rows."""

@@ -1,0 +1,141 @@
+"""Owns what a checkpoint says of a fit, and in which of its files that stands: plain values, no TensorFlow.
+
+    model.safetensors      the variables of model and optimizers, equal on all ranks (random seeds as rank 0 has them)
+    rank-0000.safetensors  what rank 0 alone has: metric sums, gradients not yet applied, random generators
+    rank-0001.safetensors  the same of rank 1, and so on
+    fit.json               the newest logs, and the state of the callbacks, Keras's History the first of them
+    fit.safetensors        the arrays in it
+
+When a checkpoint is made is decided in controller.py; what is in the arrays is read and put back in rank_state.py.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dtrain.callback_checkpoint import CallbackState
+from dtrain.checkpoint import MODEL_FILE, FileRecord, LoadedCheckpoint, Staging
+from dtrain.errors import CheckpointError
+from dtrain.state_tree import pack, unpack
+from dtrain.types import Array, Logs, Position
+
+FIT = "fit"
+
+CallbackStates = list[CallbackState | None]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A rank's part of a checkpoint, in memory: nothing in it changes while training goes on.
+
+    Attributes:
+        position: the next mini-batch to train on.
+        own: what this rank alone has.
+        state: on rank 0: the variables of model and optimizers, by name; None on the others.
+        callbacks: on rank 0: their states.
+        logs: on rank 0: those after the last mini-batch, of an epoch that may have no more.
+    """
+
+    position: Position
+    own: Mapping[str, Array]
+    state: Mapping[str, Array] | None = None
+    callbacks: CallbackStates = field(default_factory=list)
+    logs: Logs = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SavedFit:
+    """A fit to go on with, as a checkpoint has it.
+
+    Attributes:
+        url: the checkpoint's.
+        position: the next mini-batch to train on.
+        step: mini-batches trained since the run began.
+        state: the variables of model and optimizers, by name.
+        own: what each rank alone had, in rank order.
+        callbacks: their states.
+        logs: those after the last mini-batch.
+        metrics: what the manifest says of them.
+        stopped: a callback had stopped the training.
+        finished: the fit was over, its averages or best weights in place.
+    """
+
+    url: str
+    position: Position
+    step: int
+    state: Mapping[str, Array]
+    own: tuple[Mapping[str, Array], ...]
+    callbacks: CallbackStates
+    logs: Logs
+    metrics: Logs
+    stopped: bool = False
+    finished: bool = False
+
+
+def write(snapshot: Snapshot, staging: Staging, rank: int) -> tuple[FileRecord, ...]:
+    """Write a rank's part into a staging folder; what the manifest is to say of it.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    records = [staging.write_tensors(_rank_file(rank), snapshot.own)]
+    if snapshot.state is not None:
+        records.append(staging.write_tensors(MODEL_FILE, snapshot.state))
+        arrays: dict[str, Array] = {}
+        logs = pack(snapshot.logs, "logs", arrays)
+        states = [None if state is None else asdict(state) for state in snapshot.callbacks]
+        named = {f"logs/{key}": array for key, array in arrays.items()}
+        for number, state in enumerate(states):
+            if state is not None:
+                named.update((f"{number}/{key}", array) for key, array in state.pop("arrays").items())
+        records.append(staging.write_json(f"{FIT}.json", {"callbacks": states, "logs": logs}))
+        records.append(staging.write_tensors(f"{FIT}.safetensors", named))
+    return tuple(records)
+
+
+def read(loaded: LoadedCheckpoint) -> SavedFit:
+    """The fit that a verified checkpoint is of.
+
+    Raises:
+        CheckpointError: it lacks what a fit needs.
+    """
+    manifest, tensors = loaded.manifest, loaded.tensors
+    try:
+        fit = loaded.state[f"{FIT}.json"]
+        arrays: dict[str, dict[str, Array]] = defaultdict(dict)
+        for name, array in tensors[f"{FIT}.safetensors"].items():
+            place, _, key = name.partition("/")
+            arrays[place][key] = array
+        callbacks: CallbackStates = [
+            None if state is None else CallbackState(**state, arrays=arrays[str(number)])
+            for number, state in enumerate(fit["callbacks"])
+        ]
+        return SavedFit(
+            loaded.checkpoint.url,
+            manifest.position,
+            manifest.step,
+            dict(sorted(tensors[MODEL_FILE].items())),
+            tuple(tensors[_rank_file(rank)] for rank in range(manifest.world_size)),
+            callbacks,
+            unpack(fit["logs"], arrays["logs"]),
+            dict(manifest.metrics),
+            bool(manifest.extra.get("stopped")),
+            bool(manifest.extra.get("finished")),
+        )
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{loaded.checkpoint.url} is whole, but is not of a fit ({error!r}); Trainer.restore takes over its weights"
+        ) from error
+
+
+def history_of(callbacks: CallbackStates) -> tuple[dict[str, list[Any]], list[int]]:
+    """Keras's history, and the numbers of its epochs."""
+    state = callbacks[0]
+    assert state is not None
+    history, epochs = (unpack(state.values["attributes"][name], state.arrays) for name in ("history", "epoch"))
+    return history, epochs
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:04d}.safetensors"

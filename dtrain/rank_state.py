@@ -1,0 +1,105 @@
+"""Owns what a rank alone has between two steps, and a checkpoint therefore holds for every rank.
+
+These are the metrics' partial sums, the gradients that it has accumulated and not yet applied, and the states of
+Python's and NumPy's random generators, which the user's code may draw from. Put back on as many ranks, all of it is as
+it was; on another number of ranks, what adds up is rank 0's, and the generators are left as the seed made them.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from dtrain.collective import Collective
+from dtrain.errors import CheckpointError
+from dtrain.keras_internals import accumulators_of
+from dtrain.metrics import MetricState
+from dtrain.model import optimizers_of
+from dtrain.optimizer import sums_locally
+from dtrain.types import Array
+
+Own = Mapping[str, Array]
+
+
+def read_own(model: keras.Model, metrics: MetricState) -> dict[str, Array]:
+    """Copies of it, by name."""
+    variables = _variables(model, metrics)
+    return {name: np.array(variable.numpy()) for name, variable in variables.items()} | _generators()
+
+
+def write_own(
+    model: keras.Model, metrics: MetricState, every: Sequence[Own], collective: Collective, in_epoch: bool
+) -> None:
+    """Put back what the ranks had. Every rank calls it; none waits for another.
+
+    Args:
+        model: built.
+        metrics: its metrics.
+        every: what each rank had, in rank order.
+        collective: of the ranks that there are now.
+        in_epoch: it was taken within an epoch; when the next one begins, metrics are reset anyhow.
+
+    Raises:
+        CheckpointError: it is of another model or of other metrics; nothing was changed.
+    """
+    rank = collective.rank
+    kinds = ("metric", "accumulated") if in_epoch else ("accumulated",)
+    variables = {name: v for name, v in _variables(model, metrics).items() if name.startswith(kinds)}
+    for name in sorted(variables.keys() | {name for name in every[0] if name.startswith(kinds)}):
+        known, saved = variables.get(name), every[0].get(name)
+        if known is None or saved is None or tuple(known.shape) != saved.shape or known.dtype != saved.dtype.name:
+            raise CheckpointError(
+                f"the checkpoint is of another model: it has {_form(saved)} for {name}, this model has {_form(known)}."
+                " In the middle of an epoch the metrics and gradient_accumulation_steps must be what they were"
+            )
+    same_ranks = len(every) == collective.world_size
+    for name, variable in variables.items():
+        values = [own[name] for own in every]
+        aggregation = variable.aggregation if name.startswith("metric") else "sum"
+        variable.assign(values[rank] if same_ranks else _joined(values, aggregation, rank))
+    if same_ranks:
+        _seed(every[rank])
+
+
+def _variables(model: keras.Model, metrics: MetricState) -> dict[str, Any]:
+    found = {f"metric/{index:06d}": variable for index, variable in enumerate(metrics.variables)}
+    for number, optimizer in enumerate(optimizers_of(model)):
+        if sums_locally(optimizer):
+            accumulators = [variable for variable in accumulators_of(optimizer) if variable is not None]
+            found.update((f"accumulated{number}/{index:06d}", value) for index, value in enumerate(accumulators))
+    return found
+
+
+def _joined(values: Sequence[Array], aggregation: str, rank: int) -> Array:
+    """What a rank of another number of ranks begins with, so that together they have what was saved."""
+    if aggregation == "mean":
+        return np.asarray(np.mean(values, axis=0), values[0].dtype)
+    total = values[0] if aggregation == "only_first_replica" else np.sum(values, axis=0, dtype=values[0].dtype)
+    return total if rank == 0 else np.zeros_like(values[0])
+
+
+def _generators() -> dict[str, Array]:
+    """Python's and NumPy's global generators, both Mersenne Twisters, as arrays."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "random/python": np.array([version, *words], np.uint32),
+        "random/python_gauss": np.array([] if gauss is None else [gauss], np.float64),
+        "random/numpy": np.array([*keys, position, has_gauss], np.uint32),
+        "random/numpy_gauss": np.array([cached], np.float64),
+    }
+
+
+def _seed(own: Own) -> None:
+    version, *words = map(int, own["random/python"])
+    gauss = own["random/python_gauss"]
+    random.setstate((version, tuple(words), float(gauss[0]) if gauss.size else None))
+    *keys, position, has_gauss = own["random/numpy"]
+    cached = float(own["random/numpy_gauss"][0])
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), int(position), int(has_gauss), cached))
+
+
+def _form(value: Any) -> str:
+    return "nothing" if value is None else f"{tuple(value.shape)} {value.dtype}"
