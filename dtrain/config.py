@@ -36,19 +36,22 @@ class CheckpointConfig:
 
     Attributes:
         every_epochs: after every n-th epoch; None: not by epochs. One is always made at the end.
+        every_steps: after every n-th mini-batch of the run, in the middle of an epoch too; None: not by steps.
         keep: how many of the newest are kept.
         monitor: a metric whose best checkpoint is kept besides; None: newest only.
         mode: whether the monitored metric is best when small ("min") or large ("max"); "auto" goes by its name.
     """
 
     every_epochs: int | None = 1
+    every_steps: int | None = None
     keep: int = 3
     monitor: str | None = None
     mode: Literal["auto", "min", "max"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.every_epochs is not None and self.every_epochs < 1:
-            raise ConfigError(f"every_epochs={self.every_epochs!r} must be 1 or more, or None")
+        for name, value in (("every_epochs", self.every_epochs), ("every_steps", self.every_steps)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"{name}={value!r} must be a whole number, 1 or more, or None")
         if self.keep < 1:
             raise ConfigError(f"keep={self.keep!r} must be 1 or more: the newest checkpoint is always kept")
         if self.mode not in ("auto", "min", "max"):

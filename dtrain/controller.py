@@ -4,16 +4,20 @@ The only committer and the only one who talks to the tracker. It touches no term
 needs comes in through the constructor.
 """
 
-import contextlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dtrain.checkpoint import Checkpoint, CheckpointStore, Manifest
-from dtrain.config import CheckpointConfig
+from dtrain import cluster
+from dtrain.checkpoint import Checkpoint
+from dtrain.checkpointer import Checkpointer, Saving
 from dtrain.data.sampler import Sampler
-from dtrain.policy import checkpoint_is_due, is_better, next_segment_steps
+from dtrain.fit_state import SavedFit
+from dtrain.interrupts import Interrupts
+from dtrain.policy import next_segment_steps
 from dtrain.tracking import Tracker
 from dtrain.types import Batching, BatchPlan, EpochEnd, FitPlan, Logs, Position, Segment, SegmentResult
 from dtrain.worker_group import LAST_PROGRESS_SECONDS, PROGRESS_SECONDS, WorkerGroup
@@ -35,16 +39,6 @@ class Display(Protocol):
     def print(self, text: str) -> None: ...
 
 
-@dataclass(frozen=True)
-class Saving:
-    """How checkpoints of a fit are made."""
-
-    store: CheckpointStore
-    config: CheckpointConfig
-    manifest: Manifest
-    """What all of them have in common; step, position, files and metrics are filled in."""
-
-
 @dataclass
 class FitRecord:
     """What a fit has come to so far."""
@@ -53,20 +47,27 @@ class FitRecord:
     rows: int = 0
     steps_per_epoch: int | None = None  # found out by reading, where nobody knew it before
     position: Position = field(default_factory=lambda: Position(0, 0))
+    logs: Logs = field(default_factory=dict)
+    stopped: bool = False  # by a callback
     history: dict[str, list[float]] = field(default_factory=dict)
     epochs: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     callback_states: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: Checkpoint | None = None
-    best: tuple[float, Checkpoint] | None = None
 
 
 class Controller:
     """Runs fits on a group of workers."""
 
     def __init__(
-        self, group: WorkerGroup, tracker: Tracker, display: Display, clock: Callable[[], float] = time.monotonic
+        self,
+        group: WorkerGroup,
+        tracker: Tracker,
+        display: Display,
+        interrupts: Interrupts | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._interrupts = interrupts or Interrupts()
         self._group = group
         self._tracker = tracker
         self._display = display
@@ -76,7 +77,13 @@ class Controller:
         self._newest: SegmentResult | None = None
 
     def fit(
-        self, plan: FitPlan, steps: BatchPlan | int | None, callbacks: bytes, saving: Saving | None, record: FitRecord
+        self,
+        plan: FitPlan,
+        steps: BatchPlan | int | None,
+        callbacks: bytes,
+        saving: Saving | None,
+        record: FitRecord,
+        saved: SavedFit | None = None,
     ) -> None:
         """Train until the plan's epochs are done or a callback stops it; `record` is filled as it goes.
 
@@ -85,26 +92,37 @@ class Controller:
             steps: what the steps of epochs are counted with, or how many an epoch has at most; None: nobody knows.
             callbacks: the user's callbacks, pickled.
             saving: how to make checkpoints; None: none.
-            record: starts empty.
+            record: starts empty, or with the checkpoint that `saved` is from.
+            saved: the fit to go on with.
+
+        Raises:
+            KeyboardInterrupt: it was interrupted, and stopped between two segments, with a checkpoint.
         """
-        sampler = Sampler(steps, plan.initial_epoch) if isinstance(steps, BatchPlan) else None
-        record.position = Position(plan.initial_epoch, 0)
-        self._group.call("begin_fit", plan, callbacks, watch=self._watch)
-        ended: SegmentResult | None = None
-        for epoch in range(plan.initial_epoch, plan.epochs):
-            num_steps = steps if isinstance(steps, int) else sampler.steps_in_epoch(epoch) if sampler else None
-            ended = self._run_epoch(epoch, num_steps, record)
-            is_last = ended.stop or epoch + 1 == plan.epochs
-            if is_last:
-                break
-            if saving is not None and ended.epoch_end and checkpoint_is_due(saving.config, epoch, is_last):
-                self._save(saving, ended.epoch_end, record)
-        finished = self._group.call("end_fit", watch=self._watch)
-        self._watch(True)
-        record.history, record.callback_states = finished[0]
-        # The last one is of the finished model: the end of a fit restores the best weights, or takes their averages.
-        if saving is not None and ended is not None and ended.epoch_end:
-            self._save(saving, ended.epoch_end, record)
+        if saved is None:
+            record.position = Position(plan.initial_epoch, 0)
+        else:
+            record.position, record.steps = saved.position, saved.step
+            record.logs, record.stopped = saved.metrics, saved.stopped
+        is_finished = saved is not None and saved.finished
+        self._group.call("begin_fit", plan, callbacks, cluster.put(saved), watch=self._watch)
+        del saved  # the workers have it, and it may be large
+        with Checkpointer(self._group, saving, self._watch) as checkpointer:
+            first = record.steps
+            if plan.epochs > record.position.epoch:
+                checkpointer.write_first(record.steps)
+            # What makes no checkpoints has nothing to end in order.
+            with self._interrupts.graceful() if saving is not None else nullcontext():
+                self._run_epochs(plan, steps, record, checkpointer)
+                if self._interrupts.requested:
+                    self._display.status("interrupted: writing a checkpoint")
+                    self._save(checkpointer, record)
+            self._interrupts.check()
+            finished = self._group.call("end_fit", watch=self._watch)
+            self._watch(True)
+            record.history, record.callback_states = finished[0]
+            # The end of a fit restores the best weights, or takes their averages: what is finished is saved, too.
+            if record.steps > first or (plan.epochs > plan.initial_epoch and not is_finished):
+                self._save(checkpointer, record, finished=True)
 
     def run_pass(self, task: str, plan: BatchPlan | Batching, callbacks: bytes) -> list[Any]:
         """Run `evaluate` or `predict` on all workers, which have opened the data; what each returned."""
@@ -115,43 +133,80 @@ class Controller:
         self._display.end_epoch(0, results[0] if task == "evaluate" else {})
         return results
 
-    def _run_epoch(self, epoch: int, num_steps: int | None, record: FitRecord) -> SegmentResult:
+    def _run_epochs(
+        self, plan: FitPlan, steps: BatchPlan | int | None, record: FitRecord, checkpointer: Checkpointer
+    ) -> None:
+        """Train from where `record` stands to the end, or until a callback or an interrupt stops it."""
+        sampler = Sampler(steps, plan.initial_epoch) if isinstance(steps, BatchPlan) else None
+        while record.position.epoch < plan.epochs and not record.stopped and not self._interrupts.requested:
+            epoch = record.position.epoch
+            num_steps = steps if isinstance(steps, int) else sampler.steps_in_epoch(epoch) if sampler else None
+            self._run_epoch(num_steps, record, checkpointer)
+            has_ended, is_last = record.position.epoch > epoch, record.position.epoch >= plan.epochs
+            if has_ended and not is_last and not record.stopped and checkpointer.is_due(epoch, record.steps):
+                position = self._group.call("snapshot", record.steps, watch=self._watch)[0]
+                checkpointer.write(record.steps, record.steps, position, record.logs)
+
+    def _run_epoch(self, num_steps: int | None, record: FitRecord, checkpointer: Checkpointer) -> None:
         """Send the epoch's segments, one ahead of the one that runs, and take in what comes back.
 
-        The epoch has ended when a result says so: the data may have fewer steps than `num_steps`.
+        The epoch has ended when a result says so: the data may have fewer steps than `num_steps`. An interrupt ends it
+        when what was sent is done.
         """
+        epoch, step = record.position.epoch, record.position.step
+        before = record.steps - step  # steps of the run before this epoch
         self._shown = ("train", epoch)
         self._display.begin_epoch(epoch)
         started = self._clock()
-        sent: list[tuple[Segment, list[Any]]] = []
-        step = 0
-        while True:
+        sent: deque[tuple[Segment | int, list[Any]]] = deque()  # a number: the snapshot of that step
+        result: SegmentResult | None = None
+        while result is None or not (result.epoch_end or result.stop):
             # Nothing is sent ahead before anything is measured, or into the next epoch: a callback may stop there.
-            while (num_steps is None or step < num_steps) and len(sent) < (2 if self._newest else 1):
-                segment = self._next_segment(Position(epoch, step), None if num_steps is None else num_steps - step)
+            while (num_steps is None or step < num_steps) and _segments(sent) < (2 if self._newest else 1):
+                if self._interrupts.requested and result is not None:
+                    break
+                due = checkpointer.steps_until_due(before + step)
+                left = None if num_steps is None else num_steps - step
+                segment = self._next_segment(Position(epoch, step), left, due)
+                if segment.num_steps == due and len(sent) > _segments(sent):
+                    break  # two copies of the state at most: the snapshot before is to be written first
                 sent.append((segment, self._group.submit("run", segment)))
                 step += segment.num_steps
-            segment, calls = sent.pop(0)
-            result: SegmentResult = self._group.wait(calls, self._watch)[0]
-            self._take_in(segment, result, record)
-            if result.epoch_end or result.stop:
-                break
+                if segment.num_steps == due and step != num_steps:
+                    sent.append((before + step, self._group.submit("snapshot", before + step)))
+            if not sent:
+                return
+            item, calls = sent.popleft()
+            answer = self._group.wait(calls, self._watch)[0]
+            if isinstance(item, Segment):
+                result = self._take_in(item, answer, record)
+            else:
+                checkpointer.write(item, record.steps, answer, record.logs)
+            checkpointer.commit()
+            record.checkpoint = checkpointer.newest or record.checkpoint
         for _, calls in sent:  # sent before a callback or the data ended the epoch: the workers pass over it
             self._group.wait(calls, self._watch)
-        seconds = self._clock() - started
         if result.epoch_end:
-            self._end_epoch(result.epoch_end, seconds, record)
+            self._end_epoch(result.epoch_end, self._clock() - started, record)
             if num_steps is None and not result.stop:
-                record.steps_per_epoch = segment.position.step + result.num_steps
+                record.steps_per_epoch = record.steps - before
                 self._display.expect(record.steps_per_epoch)
-        return result
 
-    def _next_segment(self, position: Position, remaining: int | None) -> Segment:
+    def _save(self, checkpointer: Checkpointer, record: FitRecord, **extra: Any) -> None:
+        """Make a checkpoint, and wait for it."""
+        if record.stopped:
+            extra["stopped"] = True
+        checkpointer.save(record.steps, record.logs, **extra)
+        record.checkpoint = checkpointer.newest or record.checkpoint
+
+    def _next_segment(self, position: Position, remaining: int | None, due: int | None) -> Segment:
+        """`due`: steps to the next checkpoint, which no segment reaches over."""
         newest = self._newest
         pace = newest.seconds / newest.num_steps if newest else None
-        return Segment(position, next_segment_steps(pace, newest.num_steps if newest else 0, remaining))
+        num_steps = next_segment_steps(pace, newest.num_steps if newest else 0, remaining)
+        return Segment(position, num_steps if due is None else min(num_steps, due))
 
-    def _take_in(self, segment: Segment, result: SegmentResult, record: FitRecord) -> None:
+    def _take_in(self, segment: Segment, result: SegmentResult, record: FitRecord) -> SegmentResult:
         rate = None
         if result.num_steps:
             self._newest = result
@@ -159,13 +214,15 @@ class Controller:
         record.steps += result.num_steps
         self._tracker.log_steps(record.steps - _length(result.step_logs), result.step_logs, result.seconds)
         record.rows += result.rows
-        record.position = result.position
+        record.position, record.stopped = result.position, result.stop
+        record.logs = result.epoch_end.logs if result.epoch_end is not None else result.logs
         if rate is not None:
             pace = {"samples_per_second": rate, "step_time": result.seconds / result.num_steps}
             if result.learning_rate is not None:
                 pace["learning_rate"] = result.learning_rate
             self._tracker.log(record.steps - 1, pace)
         self._display.update(segment.position.step + result.num_steps, result.logs, rate)
+        return result
 
     def _end_epoch(self, end: EpochEnd, seconds: float, record: FitRecord) -> None:
         record.epochs.append(end.epoch)
@@ -173,25 +230,10 @@ class Controller:
         self._tracker.log(record.steps - 1, {**end.logs, "epoch_seconds": seconds})
         self._display.end_epoch(end.epoch, end.logs, seconds)
 
-    def _save(self, saving: Saving, end: EpochEnd, record: FitRecord) -> None:
-        """Rank 0 writes the files, and the manifest that makes a checkpoint of them is written here."""
-        staging = saving.store.stage(record.steps)
-        try:
-            files = self._group.call("write_checkpoint", staging, watch=self._watch)[0]
-            manifest = replace(
-                saving.manifest, step=record.steps, position=record.position, files=files, metrics=end.logs
-            )
-            record.checkpoint = saving.store.commit(staging, manifest)
-        except BaseException:
-            with contextlib.suppress(Exception):
-                saving.store.discard(staging)
-            raise
-        if is_better(saving.config, end.logs, record.best[0] if record.best else None):
-            record.best = end.logs[saving.config.monitor or ""], record.checkpoint
-        saving.store.prune(saving.config.keep, record.best[1] if record.best else None)
-
     def _watch(self, is_last: bool = False) -> None:
         """Show how far rank 0 is and what it printed; the last time all of it, after an answer that was late."""
+        if self._interrupts.requested:
+            self._display.status("stopping when the steps that were sent are done; another Ctrl-C stops at once")
         for _ in range(2 if is_last else 1):
             progress = self._group.progress(timeout=LAST_PROGRESS_SECONDS if is_last else PROGRESS_SECONDS)
             if progress is None:
@@ -201,6 +243,10 @@ class Controller:
                 self._display.update(progress.step, progress.logs, self._rate)
             for line in progress.printed:
                 self._display.print(line)
+
+
+def _segments(sent: Iterable[tuple[Any, Any]]) -> int:
+    return sum(isinstance(item, Segment) for item, _ in sent)
 
 
 def _length(series: Mapping[str, Any]) -> int:

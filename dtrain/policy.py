@@ -30,9 +30,17 @@ def next_segment_steps(seconds_per_step: float | None, previous: int, remaining:
     return remaining if steps * 1.25 >= remaining else steps
 
 
-def checkpoint_is_due(config: CheckpointConfig, epoch: int, is_last: bool) -> bool:
-    """Whether to make a checkpoint when `epoch`, counted from 0, has ended."""
-    return is_last or (config.every_epochs is not None and (epoch + 1) % config.every_epochs == 0)
+def steps_until_checkpoint(config: CheckpointConfig | None, step: int) -> int | None:
+    """Mini-batches from `step` of the run to the next checkpoint that goes by steps, 1 or more; None: there is none."""
+    if config is None or config.every_steps is None:
+        return None
+    return config.every_steps - step % config.every_steps
+
+
+def checkpoint_is_due(config: CheckpointConfig, epoch: int, step: int) -> bool:
+    """Whether to make a checkpoint when `epoch`, counted from 0, has ended, `step` mini-batches into the run."""
+    by_epochs = config.every_epochs is not None and (epoch + 1) % config.every_epochs == 0
+    return by_epochs or (config.every_steps is not None and step % config.every_steps == 0)
 
 
 def is_better(config: CheckpointConfig, metrics: Mapping[str, float], best: float | None) -> bool:

@@ -104,8 +104,8 @@ class RunFolder:
             run._is_new = run._make()
             if not run._is_new and not exist_ok:
                 raise ConfigError(
-                    f"run_name={name!r} exists already in storage_path={storage!r}: give another run_name, or "
-                    "another storage_path"
+                    f"run_name={name!r} exists already in storage_path={storage!r}: go on with it by "
+                    'fit(resume="auto"), or give another run_name'
                 )
             run._probe()
             if run._is_new:
@@ -129,8 +129,7 @@ class RunFolder:
     def write_info(self, info: Mapping[str, Any]) -> None:
         """Replaces `run.json`, at once and whole.
 
-        Plain JSON values. `list_runs` reads state, step, position ({"epoch": 0, "step": 0}), metrics, mlflow_run_id;
-        `list_checkpoints` reads best_checkpoint, a URL.
+        Plain JSON values. `list_runs` reads state, step, position ({"epoch": 0, "step": 0}), metrics, mlflow_run_id.
 
         Raises:
             OSError: it cannot be written.
@@ -210,13 +209,9 @@ def list_checkpoints(run: RunFolder) -> list[CheckpointSummary]:
     Raises:
         CheckpointError: the folder cannot be read.
     """
-    best = None
-    with suppress(OSError):
-        best = run.read_info().get("best_checkpoint")
-    # By its folder's name: the run may have been moved since.
-    name = best.rpartition("/")[2] if isinstance(best, str) else None
+    best = run.checkpoints.best()
     return [
-        _checkpoint_summary(checkpoint, checkpoint.url.rpartition("/")[2] == name)
+        _checkpoint_summary(checkpoint, best is not None and checkpoint == best[1])
         for checkpoint in run.checkpoints.list()
     ]
 
@@ -259,8 +254,10 @@ def _summary(run: RunFolder) -> RunSummary:
     with suppress(CheckpointError):
         newest = run.checkpoints.latest()
         manifest = read_manifest(newest.url) if newest else None
+    step = info.get("step")  # it is written at the start and at the end
+    is_behind = manifest is not None and not (isinstance(step, int) and step >= manifest.step)
     position = info.get("position")
-    if isinstance(position, dict) and position.keys() == {"epoch", "step"}:
+    if isinstance(position, dict) and position.keys() == {"epoch", "step"} and not is_behind:
         position = Position(**position)
     else:
         position = manifest.position if manifest else None
@@ -268,9 +265,9 @@ def _summary(run: RunFolder) -> RunSummary:
         name=run.name,
         url=run.url,
         state=str(info.get("state", "unknown")),
-        step=info.get("step", manifest.step if manifest else None),
+        step=manifest.step if manifest is not None and is_behind else step,
         position=position,
-        metrics=info.get("metrics") or (manifest.metrics if manifest else {}),
+        metrics=(not is_behind and info.get("metrics")) or (manifest.metrics if manifest else {}),
         checkpoint=newest.url if newest else None,
         mlflow_run_id=info.get("mlflow_run_id"),
     )

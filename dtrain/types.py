@@ -58,6 +58,8 @@ class WorkerInfo:
     host: str
     node_id: str
     gpus: tuple[int, ...] = ()
+    cpu: str = ""
+    """The name of its processor."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dtrain.callback_state import Hooks, export_state
+from dtrain.checkpoint import FileRecord, Staging
 from dtrain.data.given import unpickled
-from dtrain.errors import DtrainError
+from dtrain.errors import CheckpointError, DtrainError
 from dtrain.types import (
     Batching,
     BatchPlan,
@@ -27,6 +28,7 @@ from dtrain.types import (
     Logs,
     Membership,
     Opened,
+    Position,
     Predictions,
     Progress,
     Purpose,
@@ -67,6 +69,7 @@ class Worker:
         self._collective: Any = None
         self._settings: WorkerSettings | None = None
         self._hooks = Hooks(())
+        self._snapshots: dict[int, Any] = {}
         sys.stdout = self._printed
 
     def __repr__(self) -> str:
@@ -78,7 +81,7 @@ class Worker:
 
         context = ray.get_runtime_context()
         gpus = tuple(int(i) for i in context.get_accelerator_ids().get("GPU", ()))
-        return WorkerInfo(self._rank, os.getpid(), socket.gethostname(), context.get_node_id(), gpus)
+        return WorkerInfo(self._rank, os.getpid(), socket.gethostname(), context.get_node_id(), gpus, _cpu())
 
     @_reported
     def setup(self, settings: WorkerSettings) -> None:
@@ -147,10 +150,12 @@ class Worker:
         return feed.opened(first, describe(self._replica.model) if is_new else None) if self._rank == 0 else None
 
     @_reported
-    def begin_fit(self, plan: FitPlan, callbacks: bytes) -> None:
+    def begin_fit(self, plan: FitPlan, callbacks: bytes, saved: Any = None) -> None:
+        """Get ready for segments; `saved`: a `fit_state.SavedFit` to go on with."""
+        self._snapshots.clear()
         hooks = self._unpack(callbacks)
         train, validation = self._feeds.pop("train"), self._feeds.pop("validation", None)
-        self._replica.begin_fit(plan, train, validation, hooks.callbacks, hooks.verbose)
+        self._replica.begin_fit(plan, train, validation, hooks.callbacks, hooks.verbose, saved)
 
     @_reported
     def run(self, segment: Segment) -> SegmentResult:
@@ -198,12 +203,24 @@ class Worker:
         self._replica.write_state(state)
 
     @_reported
-    def write_checkpoint(self, staging: Any) -> tuple[Any, ...]:
-        """Write the job's state into a staging folder: rank 0 does. Returns the files' records."""
-        from dtrain.checkpoint import MODEL_FILE
+    def snapshot(self, key: int) -> Position:
+        """Keep a copy of this rank's part of a checkpoint, until `write_snapshot` of that key. Where the fit stands."""
+        snapshot = self._snapshots[key] = self._replica.snapshot()
+        position: Position = snapshot.position
+        return position
 
-        state = self._replica.read_state()
-        return (staging.write_tensors(MODEL_FILE, state),) if self._rank == 0 else ()
+    @_reported
+    def write_snapshot(self, key: int, staging: Staging) -> tuple[FileRecord, ...] | CheckpointError:
+        """Write what `snapshot` kept, while training goes on. The files' records, or why they cannot be written."""
+        from dtrain import fit_state
+
+        snapshot = self._snapshots.pop(key)
+        for other in [other for other in self._snapshots if other < key]:  # which nobody will ask for any more
+            self._snapshots.pop(other, None)
+        try:
+            return fit_state.write(snapshot, staging, self._rank)
+        except CheckpointError as error:  # a full disk must not end the training
+            return error
 
     def _unpack(self, pickled_hooks: bytes) -> Hooks:
         self._hooks = unpickled("callbacks", pickled_hooks)
@@ -273,6 +290,14 @@ def _users_traceback(error: BaseException) -> str:
     first = next((i for i, frame in enumerate(frames) if not frame.filename.startswith(ours)), 0)
     report.stack = traceback.StackSummary.from_list(frames[first:])
     return "".join(report.format())
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return "unknown"
 
 
 def _interface_of_node() -> str:

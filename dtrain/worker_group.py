@@ -35,8 +35,8 @@ log = logging.getLogger("dtrain")
 
 POLL_SECONDS = 0.1
 """How often a wait looks at progress."""
-NAME_SECONDS = 5.0
-"""How long an actor that has ended may hold its name."""
+NAME_SECONDS = 15.0
+"""How long an actor that has ended may hold its name, and that of a driver that was killed may take to end."""
 BLAME_SECONDS = 3.0
 """After a first failure, how long the others have to say what happened to them."""
 RESCUE_SECONDS = 10.0
@@ -84,6 +84,8 @@ class WorkerGroup:
         self.workers: tuple[WorkerInfo, ...] = ()
         self.description: ModelDescription | None = None
         """The model that the workers hold, once it is built."""
+        self.intra_threads = 0
+        """TensorFlow's threads within an operation, on rank 0."""
         self.rescued: dict[str, Array] | None = None
         """The state that the workers had when a failure closed the group, where rank 0 could still tell it."""
         self.directory: str | None = None
@@ -129,9 +131,17 @@ class WorkerGroup:
         """
         return self.wait(self.submit(method, *args), watch)
 
-    def submit(self, method: str, *args: Any) -> list[Any]:
-        """Send a call to every worker without waiting; they run calls in the order they were sent."""
-        return [getattr(actor, method).remote(*args) for actor in self._actors]
+    def submit(self, method: str, *args: Any, beside: str | None = None) -> list[Any]:
+        """Send a call to every worker without waiting; they run calls in the order they were sent.
+
+        `beside` names a concurrency group, "files": the call then does not wait for the others, nor they for it.
+        """
+        options = {} if beside is None else {"concurrency_group": beside}
+        return [getattr(actor, method).options(**options).remote(*args) for actor in self._actors]
+
+    def have_answered(self, calls: Sequence[Any]) -> bool:
+        """Whether `wait` would return at once."""
+        return len(ray.wait(list(calls), num_returns=len(calls), timeout=0)[0]) == len(calls)
 
     def wait(
         self, calls: Sequence[Any], watch: Callable[[bool], None] = lambda _: None, patience: float = math.inf
@@ -231,7 +241,7 @@ class WorkerGroup:
     def _spawn(self, rank: int) -> Any:
         strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
         resources = dict(self.spec.resources)
-        actor_class = ray.remote(concurrency_groups={"watch": 1}, max_restarts=0)(Worker)
+        actor_class = ray.remote(concurrency_groups={"watch": 1, "files": 1}, max_restarts=0)(Worker)
         try:
             return actor_class.options(
                 name=f"dtrain:{self.spec.run_name}:rank{rank}",
@@ -248,11 +258,9 @@ class WorkerGroup:
     def _set_up(self) -> None:
         cpus = {node["NodeID"]: node["Resources"].get("CPU", 1.0) for node in ray.nodes()}
         nodes = [worker.node_id for worker in self.workers]
-        calls = [
-            actor.setup.remote(self.spec.settings(cpus.get(node, 1.0), nodes.count(node)))
-            for actor, node in zip(self._actors, nodes, strict=True)
-        ]
-        self.wait(calls)
+        settings = [self.spec.settings(cpus.get(node, 1.0), nodes.count(node)) for node in nodes]
+        self.intra_threads = settings[0].intra_threads
+        self.wait([actor.setup.remote(own) for actor, own in zip(self._actors, settings, strict=True)])
 
     def _form(self) -> None:
         """Make the ranks one group. On one machine it meets and talks on loopback only."""

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dtrain.config import CheckpointConfig
-from dtrain.policy import checkpoint_is_due, is_better, next_segment_steps
+from dtrain.policy import checkpoint_is_due, is_better, next_segment_steps, steps_until_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -27,13 +27,28 @@ def test_segments_grow_to_about_two_seconds(pace: float | None, previous: int, r
 
 
 @pytest.mark.parametrize(
-    ("every", "epoch", "is_last", "due"),
-    [(1, 0, False, True), (2, 0, False, False), (2, 1, False, True), (None, 5, False, False), (None, 5, True, True)],
+    ("every_epochs", "every_steps", "epoch", "step", "due"),
+    [
+        (1, None, 0, 10, True),
+        (2, None, 0, 10, False),
+        (2, None, 1, 20, True),
+        (None, None, 5, 60, False),  # at the end of the fit alone
+        (None, 20, 0, 10, False),
+        (None, 20, 1, 20, True),  # that step, which ends an epoch
+    ],
 )
-def test_checkpoints_are_made_every_n_epochs_and_at_the_end(
-    every: int | None, epoch: int, is_last: bool, due: bool
+def test_checkpoints_are_made_every_n_epochs_or_steps(
+    every_epochs: int | None, every_steps: int | None, epoch: int, step: int, due: bool
 ) -> None:
-    assert checkpoint_is_due(CheckpointConfig(every_epochs=every), epoch, is_last) is due
+    config = CheckpointConfig(every_epochs=every_epochs, every_steps=every_steps)
+    assert checkpoint_is_due(config, epoch, step) is due
+
+
+@pytest.mark.parametrize(("every", "step", "left"), [(None, 7, None), (5, 0, 5), (5, 3, 2), (5, 5, 5), (1, 8, 1)])
+def test_the_next_checkpoint_by_steps_is_counted_over_the_whole_run(
+    every: int | None, step: int, left: int | None
+) -> None:
+    assert steps_until_checkpoint(CheckpointConfig(every_steps=every), step) == left
 
 
 @pytest.mark.parametrize(

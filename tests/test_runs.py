@@ -23,9 +23,9 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     return {"local": str(runs), "file": runs.as_uri(), "memory": f"memory://{uuid.uuid4().hex}"}[request.param]
 
 
-def commit(run: RunFolder, step: int) -> str:
+def commit(run: RunFolder, step: int, best: float | None = None) -> str:
     staging = run.checkpoints.stage(step)
-    manifest = Manifest(step=step, position=Position(2, 1), world_size=2, seed=0, metrics={"loss": 0.25})
+    manifest = Manifest(step=step, position=Position(2, 1), world_size=2, seed=0, metrics={"loss": 0.25}, best=best)
     return run.checkpoints.commit(staging, manifest).url
 
 
@@ -99,7 +99,7 @@ def test_an_existing_run_names_both_ways_out(storage: str) -> None:
     run = RunFolder.create(storage, "twice")
     run.write_info({"state": "finished"})
     with pytest.raises(
-        ConfigError, match="run_name='twice' exists already .* another run_name, or another storage_path"
+        ConfigError, match=r"run_name='twice' exists already .*resume=\"auto\"\), or .* another run_name"
     ):
         RunFolder.create(storage, "twice")
     again = RunFolder.create(storage, "twice", exist_ok=True)
@@ -173,9 +173,8 @@ def test_runs_are_listed(storage: str) -> None:
 
 def test_a_run_is_found_by_its_name_and_its_checkpoints_are_listed(storage: str) -> None:
     run = RunFolder.create(storage, "run")
-    urls = [commit(run, step) for step in (3, 6)]
+    urls = [commit(run, 3, best=0.25), commit(run, 6)]
     assert find_run(storage, "run").url == run.url
-    run.write_info({"best_checkpoint": urls[0]})
     listed = list_checkpoints(find_run(storage, "run"))
     assert [(c.step, c.url, c.is_best) for c in listed] == [(3, urls[0], True), (6, urls[1], False)]
     assert {(c.position, c.metrics["loss"], c.damage) for c in listed} == {(Position(2, 1), 0.25, None)}

@@ -1,0 +1,186 @@
+"""Owns the checkpoints of one fit: taken from the workers between segments, written as they train on, then committed.
+
+Only this commits, in the driver: the workers write their files into a staging folder, and the manifest makes a
+checkpoint of them once all of them are there. A checkpoint that cannot be written is said so and is none; the ones
+before it stay, and training goes on.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from dtrain.checkpoint import Checkpoint, CheckpointStore, FileRecord, Manifest, Staging
+from dtrain.config import CheckpointConfig
+from dtrain.errors import CheckpointError, TakenOver
+from dtrain.policy import checkpoint_is_due, is_better, steps_until_checkpoint
+from dtrain.types import Logs, Position
+from dtrain.worker_group import WorkerGroup
+
+log = logging.getLogger("dtrain")
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How checkpoints of a fit are made.
+
+    Attributes:
+        store: where they are.
+        config: which are kept.
+        manifest: what all of them have in common; step, position, files and metrics are filled in.
+        begin: called once the workers stand where the fit begins or goes on.
+        before_commit: called before each commit: what it returns goes into the manifest's `extra`; it raises
+            CheckpointError where this process may no longer commit.
+    """
+
+    store: CheckpointStore
+    config: CheckpointConfig
+    manifest: Manifest
+    begin: Callable[[], None] = lambda: None
+    before_commit: Callable[[], Mapping[str, Any]] = dict
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """A checkpoint that the workers are writing."""
+
+    staging: Staging
+    manifest: Manifest
+    calls: list[Any]
+
+
+class Checkpointer:
+    """Makes the checkpoints of one fit, one at a time. A context manager: what an error leaves unfinished is removed.
+
+    Args:
+        group: whose state they are of.
+        saving: how they are made; None: none is.
+        watch: called a few times a second while it waits for the workers.
+    """
+
+    def __init__(
+        self, group: WorkerGroup, saving: Saving | None, watch: Callable[[bool], None] = lambda _: None
+    ) -> None:
+        self.newest: Checkpoint | None = None
+        self._group = group
+        self._saving = saving
+        self._watch = watch
+        self._best: tuple[float, Checkpoint] | None = None
+        self._is_first = False
+        if saving is not None:
+            saving.begin()
+            self._best = saving.store.best() if saving.config.monitor is not None else None
+            self._is_first = saving.store.latest() is None
+        self._writing: _Writing | None = None
+        self._is_failing = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._writing is not None and self._saving is not None:
+            with suppress(Exception):
+                self._saving.store.discard(self._writing.staging)
+
+    def write_first(self, step: int) -> None:
+        """Make a checkpoint before the first step, where the run has none.
+
+        Killed before the next one it then begins again with the weights that it began with. It is written while the
+        first steps are trained.
+        """
+        if self._is_first:
+            position: Position = self._group.call("snapshot", step, watch=self._watch)[0]
+            self.write(step, step, position, {})
+
+    def steps_until_due(self, step: int) -> int | None:
+        """Mini-batches from `step` of the run to the next checkpoint that goes by steps; None: there is none."""
+        return steps_until_checkpoint(self._saving.config if self._saving is not None else None, step)
+
+    def is_due(self, epoch: int, step: int) -> bool:
+        """Whether to make one when `epoch` has ended, `step` mini-batches into the run."""
+        return self._saving is not None and checkpoint_is_due(self._saving.config, epoch, step)
+
+    def save(self, step: int, metrics: Logs, **extra: Any) -> None:
+        """Make a checkpoint of the state as it is now, and wait until it is one."""
+        if self._saving is None:
+            return
+        self.finish()
+        if self.newest is not None and self.newest.step == step and not extra:
+            return
+        position: Position = self._group.call("snapshot", step, watch=self._watch)[0]
+        self.write(step, step, position, metrics, **extra)
+        self.finish()
+
+    def write(self, key: int, step: int, position: Position, metrics: Logs, **extra: Any) -> None:
+        """Have the workers write the snapshot that they keep under `key`; it is committed later.
+
+        Waits for the one before: so training is held up where checkpoints are asked for faster than they are written,
+        and there are never more copies of the state in memory than two.
+        """
+        self.finish()
+        saving = self._saving
+        assert saving is not None
+        try:
+            staging = saving.store.stage(step)
+        except CheckpointError as error:
+            self._has_failed(error)
+            return
+        manifest = replace(saving.manifest, step=step, position=position, metrics=metrics)
+        manifest = replace(manifest, extra={**manifest.extra, **extra})
+        self._writing = _Writing(staging, manifest, self._group.submit("write_snapshot", key, staging, beside="files"))
+
+    def commit(self) -> None:
+        """Commit what is written by now; does not wait."""
+        if self._writing is not None and self._group.have_answered(self._writing.calls):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for what is being written, and commit it.
+
+        Raises:
+            WorkerError: a worker died or raised meanwhile.
+        """
+        writing, saving = self._writing, self._saving
+        if writing is None or saving is None:
+            return
+        written = self._group.wait(writing.calls, self._watch)
+        self._writing = None
+        try:
+            self._commit(saving, writing, written)
+        except CheckpointError as error:
+            with suppress(CheckpointError):
+                saving.store.discard(writing.staging)
+            if isinstance(error, TakenOver):
+                raise
+            self._has_failed(error)
+            return
+        try:
+            saving.store.prune(saving.config.keep, self._best[1] if self._best else None)
+        except CheckpointError as error:
+            log.warning("an old checkpoint stays: %s", error)
+
+    def _commit(
+        self, saving: Saving, writing: _Writing, written: list[tuple[FileRecord, ...] | CheckpointError]
+    ) -> None:
+        files: list[FileRecord] = []
+        for part in written:
+            if isinstance(part, CheckpointError):
+                raise part
+            files += part
+        metrics = writing.manifest.metrics
+        is_best = is_better(saving.config, metrics, self._best[0] if self._best else None)
+        best = float(metrics[saving.config.monitor or ""]) if is_best else None
+        extra = {**writing.manifest.extra, **saving.before_commit()}
+        manifest = replace(writing.manifest, files=tuple(files), best=best, extra=extra)
+        self.newest = saving.store.commit(writing.staging, manifest)
+        if best is not None:
+            self._best = best, self.newest
+        if self._is_failing:
+            log.warning("checkpoints can be written again: %s", self.newest.url)
+        self._is_failing = False
+
+    def _has_failed(self, error: CheckpointError) -> None:
+        kept = self.newest.url if self.newest else "none yet"
+        log.warning("no checkpoint was made, training goes on (the newest one: %s): %s", kept, error)
+        self._is_failing = True
