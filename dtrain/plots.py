@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -18,7 +20,8 @@ def training_curves(
 
     Args:
         history: each metric's values, as in History.history; `val_` before a name means validation. A shorter list,
-            such as that of a validation every other epoch, is drawn over the epochs that it fits best.
+            such as that of a validation every other epoch, is drawn over the epochs that it fits best. A metric that is
+            an array, one number a class, say, has no curve.
         epochs: the epochs' numbers from 0, as in History.epoch; shown from 1, as Keras prints them.
         title: stands above all panels.
 
@@ -28,6 +31,7 @@ def training_curves(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    history = {name: values for name, values in history.items() if len(values) and np.ndim(values[0]) == 0}
     panels = _panels(history)
     columns = min(2, max(1, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))

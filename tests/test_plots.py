@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -44,6 +45,11 @@ def test_any_values_can_be_drawn(values: list[float], tmp_path: Path) -> None:
     history = {"loss": values, "val_loss": values, "learning_rate": values}
     training_curves(history, list(range(len(values)))).savefig(tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_a_metric_that_is_an_array_has_no_curve() -> None:
+    figure = training_curves({"loss": [1.0, 0.5], "f1_score": [np.zeros(3), np.ones(3)]}, [0, 1])  # type: ignore[dict-item]
+    assert panels(figure) == {"loss": ["training"]}
 
 
 def test_one_epoch_is_a_marker_and_epochs_count_from_one() -> None:
