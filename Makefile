@@ -5,10 +5,10 @@ UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 RUN := .venv/bin
 DATA ?= mnist
 
-.PHONY: help setup quickstart test test-fast check clean
+.PHONY: help setup quickstart test test-fast check soak bench-checkpoint clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 .tools/bin/uv: # only where there is no uv
 	python3 -m venv .tools
@@ -37,6 +37,12 @@ check: setup ## ruff, mypy, the fences, links in Markdown
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/pytest -q tests/test_fences.py tests/test_docs.py
+
+soak: setup ## kill training runs 50 times, and see that they end as if nobody had (about half an hour; KILLS=8: fewer)
+	$(RUN)/python tests/soak.py --kills $(or $(KILLS),50)
+
+bench-checkpoint: setup ## what checkpoints in the background, and deterministic=True, cost (about 5 minutes)
+	$(RUN)/python benchmarks/checkpoint_cost.py
 
 clean: ## what building and running left here
 	rm -rf .venv .tools .mypy_cache .pytest_cache .ruff_cache dtrain_runs
