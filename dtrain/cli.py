@@ -1,4 +1,4 @@
-"""Owns the command line: `dtrain fit`, `evaluate`, `predict`, `runs`, `doctor` and `install-horovod`.
+"""Owns the command line: `dtrain fit`, `evaluate`, `predict`, `export`, `runs`, `doctor` and `install-horovod`.
 
 It finds what the user named, calls Trainer and prints what came of it; it decides nothing about training. Whatever is
 slow to import is imported by the command that needs it, so that `dtrain --help` answers at once.
@@ -16,9 +16,9 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from dtrain.history import History
     from dtrain.runs import CheckpointSummary, RunSummary
     from dtrain.trainer import Trainer
+
+Item = TypeVar("Item", "RunSummary", "CheckpointSummary")
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after Ctrl-C, which is Typer's, and after SIGTERM: those that shells have for them."""
@@ -76,6 +78,7 @@ Settings = Annotated[
 ]
 CheckpointUrl = Annotated[str | None, typer.Option("--checkpoint", metavar="URL", help="Use this checkpoint.")]
 RunName = Annotated[str | None, typer.Option("--run-name", help="Use this run's newest checkpoint that is whole.")]
+ExportFormat = Literal["keras", "saved_model"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -127,6 +130,13 @@ def fit(
     run_name: Annotated[str | None, typer.Option(help="Names the run and its folder; else a unique one.")] = None,
     storage_path: StoragePath = "dtrain_runs",
     checkpoint: Annotated[bool, typer.Option(help="Write a checkpoint after every epoch.")] = True,
+    checkpoint_every_steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Write one after every n-th mini-batch, too.")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="auto|URL", help="auto: go on with the run of that name, or begin it."),
+    ] = None,
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow's; else MLFLOW_TRACKING_URI, else SQLite.")] = None,
     experiment: Annotated[str | None, typer.Option(help="MLflow's; else MLFLOW_EXPERIMENT_NAME, else dtrain.")] = None,
     no_tracking: Annotated[bool, typer.Option("--no-tracking", help="Record nothing in MLflow.")] = False,
@@ -138,10 +148,12 @@ def fit(
     """Train a model."""
     if no_tracking and (tracking_uri is not None or experiment is not None):
         raise ConfigError("--no-tracking contradicts --tracking-uri and --experiment; leave out one or the other")
+    if not checkpoint and checkpoint_every_steps is not None:
+        raise ConfigError("--no-checkpoint contradicts --checkpoint-every-steps; leave out one or the other")
     config = read_settings(settings or [])
     make_model, load = find_function("MODULE:FACTORY", factory), find_function("--data", data)
 
-    from dtrain.config import MLflowConfig
+    from dtrain.config import CheckpointConfig, MLflowConfig
 
     with _trainer(
         make_model,
@@ -150,7 +162,7 @@ def fit(
         seed=seed,
         run_name=run_name,
         storage_path=storage_path,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint and CheckpointConfig(every_steps=checkpoint_every_steps),
         tracking=not no_tracking and MLflowConfig(tracking_uri=tracking_uri, experiment_name=experiment),
         address=address,
         use_gpu=use_gpu,
@@ -175,6 +187,7 @@ def fit(
             validation_steps=validation_steps,
             validation_batch_size=validation_batch_size,
             validation_freq=validation_freq,
+            resume=resume or False,
         )
     _print_history(history)
 
@@ -259,6 +272,40 @@ def predict(
 
 
 @app.command()
+def export(
+    factory: Factory,
+    checkpoint: CheckpointUrl = None,
+    run_name: RunName = None,
+    format: Annotated[ExportFormat, typer.Option(help="keras: one file; saved_model: a folder to serve.")] = "keras",
+    *,
+    output: Annotated[Path, typer.Option(help="What to write: a .keras file, or a folder that is not there yet.")],
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:LOADER", help="For a model that learns its shapes from data."),
+    ] = None,
+    settings: Settings = None,
+    storage_path: StoragePath = "dtrain_runs",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a .keras file.")] = False,
+) -> None:
+    """Write a checkpoint's model as plain Keras has it. No worker is started."""
+    if format == "keras" and output.suffix != ".keras":
+        raise ConfigError(f"--output={str(output)!r} must end in .keras; or choose --format saved_model")
+    _check_output(output, force and format == "keras")
+    url = find_checkpoint(checkpoint, run_name, storage_path)
+    make_model = find_function("MODULE:FACTORY", factory)
+    load = find_function("--data", data) if data is not None else None
+    with _trainer(make_model, read_settings(settings or []), checkpoint=False, tracking=False) as trainer:
+        trainer.restore(url)
+        if load is not None:
+            trainer.build(*_as_triple(held_out(str(data), _load(str(data), load)))[:2])
+        if format == "keras":
+            trainer.save(output)
+        else:
+            trainer.export(output)
+    print(f"model:      {output}")
+
+
+@app.command()
 def runs(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's name: list its checkpoints.")] = None,
     storage_path: StoragePath = "dtrain_runs",
@@ -267,22 +314,11 @@ def runs(
     """List the runs in the storage path, or the checkpoints of one."""
     from dtrain.runs import find_run, list_checkpoints, list_runs
 
-    if run is not None:
-        checkpoints = list_checkpoints(find_run(storage_path, run))
-        if as_json:
-            _print_json(checkpoints)
-        elif checkpoints:
-            _print_checkpoints(checkpoints)
-        else:
-            _note(f"no checkpoints of {run} in {storage_path}")
-        return
-    found = list_runs(storage_path)
-    if as_json:
-        _print_json(found)
-    elif found:
-        _print_runs(found)
+    if run is None:
+        _show(list_runs(storage_path), as_json, _print_runs, f"no runs in {storage_path}")
     else:
-        _note(f"no runs in {storage_path}")
+        found = list_checkpoints(find_run(storage_path, run))
+        _show(found, as_json, _print_checkpoints, f"no checkpoints of {run} in {storage_path}")
 
 
 @app.command()
@@ -466,8 +502,16 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     _console().print(table)
 
 
-def _print_json(found: "Sequence[RunSummary | CheckpointSummary]") -> None:
-    print(json.dumps([{**asdict(item), "metrics": _finite(item.metrics)} for item in found]))
+def _show(found: "Sequence[Item]", as_json: bool, table: "Callable[[Sequence[Item]], None]", nothing: str) -> None:
+    """Items with metrics, as JSON or in a table."""
+    from dataclasses import asdict
+
+    if as_json:
+        print(json.dumps([{**asdict(item), "metrics": _finite(item.metrics)} for item in found]))
+    elif found:
+        table(found)
+    else:
+        _note(nothing)
 
 
 def _print_runs(runs: "Sequence[RunSummary]") -> None:

@@ -3,21 +3,39 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dtrain import cluster
 from dtrain.arguments import FitArguments, pickled_hooks
 from dtrain.callback_state import import_state
-from dtrain.checkpoint import Manifest
-from dtrain.controller import Controller, FitRecord, Saving
+from dtrain.checkpoint import LoadedCheckpoint, Manifest
+from dtrain.checkpointer import Saving
+from dtrain.controller import Controller, FitRecord
 from dtrain.data.source import keras_batch
 from dtrain.description import describe_run, versions
+from dtrain.errors import TakenOver
+from dtrain.fit_state import SavedFit, history_of, read
 from dtrain.history import History
+from dtrain.lease import Lease
 from dtrain.progress import ProgressBar
+from dtrain.resume import (
+    AUTO,
+    Resume,
+    check_plan,
+    find,
+    in_words,
+    is_done,
+    other_circumstances,
+    plan_on_record,
+    with_seed_of,
+)
 from dtrain.runs import RunFolder
-from dtrain.tracking import MLflowTracker, NullTracker, Status, Tracker
-from dtrain.types import ModelDescription, Opened
+from dtrain.storage import Folder
+from dtrain.tracking import MLflowTracker, NullTracker, Status, TrackedRun, Tracker
+from dtrain.types import BatchPlan, ModelDescription, Opened
 
 if TYPE_CHECKING:
     from dtrain.trainer import Trainer
@@ -33,14 +51,20 @@ class FitRun:
         wanted: the plan and the data.
         verbose: as in Keras.
         name: of the run.
+        resume: what it goes on from, as `dtrain.resume.check_resume` returns it.
 
     Raises:
-        ConfigError: the run cannot be recorded or stored as configured; nothing was started.
+        ConfigError: the run cannot be recorded or stored as configured, or another process holds it; nothing was
+            started.
+        CheckpointError: what it is to go on from is missing, damaged, or does not fit.
     """
 
-    def __init__(self, trainer: "Trainer", wanted: FitArguments, verbose: int | str, name: str) -> None:
+    def __init__(
+        self, trainer: "Trainer", wanted: FitArguments, verbose: int | str, name: str, resume: Resume = False
+    ) -> None:
         self._trainer = trainer
         self._wanted = wanted
+        self._plan = wanted.plan
         self._verbose = verbose
         self._name = name
         self._record = FitRecord()
@@ -48,46 +72,104 @@ class FitRun:
         self._opened: dict[str, Opened] = {}
         self._display = ProgressBar(verbose, wanted.plan.epochs, workers=trainer.num_workers)
         self._folder: RunFolder | None = None
+        self._lease: Lease | None = None
+        self._goes_on = False  # with the run of that name: another's checkpoint begins a run of its own
+        self._loaded: LoadedCheckpoint | None = None
+        self._passed_over: Sequence[str] = ()
+        self._saved: SavedFit | None = None
+        self._is_done = False  # an earlier attempt did all, and has said so
         self._tracker: Tracker = NullTracker()
         if trainer.tracking is not None or trainer.checkpoint is not None:
-            self._folder = RunFolder.create(trainer.storage_path, name)
+            self._goes_on = resume == AUTO or _is_of_run(resume, trainer.storage_path, name)
+            self._folder = RunFolder.create(trainer.storage_path, name, exist_ok=self._goes_on)
+            self._lease = Lease.acquire(self._folder.url)  # where it is refused, the folder is its holder's
         try:
-            if trainer.tracking is not None and self._folder is not None:
-                self._tracker = MLflowTracker(trainer.tracking, self._folder.journal_path, on_run=self._tell_ray)
+            self._find_start(resume)
+            if self._folder is not None:
+                self._tracker = self._new_tracker(self._folder)
                 self._tracker.check()
-            trainer.check_room(name)
+            if not self._is_done:
+                trainer.check_room(name)
         except BaseException:
+            if self._lease is not None:
+                self._lease.release()
             if self._folder is not None:
                 self._folder.discard()  # or the next try would say that the run exists
             raise
 
+    def _find_start(self, resume: Resume) -> None:
+        """Read the checkpoint to go on from, and see whether it fits, as far as that is known here."""
+        self._loaded, self._passed_over = find(resume, self._folder)
+        if self._loaded is None:
+            return
+        self._saved = read(self._loaded)
+        self._loaded = dataclasses.replace(self._loaded, tensors={})  # they are in `_saved` until the workers have them
+        self._record.steps, self._record.position = self._saved.step, self._saved.position
+        self._record.checkpoint = self._loaded.checkpoint
+        self._record.history, self._record.epochs = history_of(self._saved.callbacks)
+        self._plan = with_seed_of(self._loaded.manifest, self._plan)
+        if isinstance(self._plan.train, BatchPlan):
+            check_plan(self._loaded.manifest, plan_on_record(self._plan))
+        if self._folder is not None and self._folder.read_info().get("state") == "finished":
+            self._is_done = is_done(self._loaded.manifest, self._plan.epochs)
+
+    def _new_tracker(self, folder: RunFolder) -> Tracker:
+        tracked = self._loaded.manifest.extra.get("tracked") if self._loaded is not None and self._goes_on else None
+        resumed = TrackedRun(**tracked) if tracked is not None else None
+        config = self._trainer.tracking
+        if config is None:
+            return NullTracker(resumed)
+        return MLflowTracker(config, folder.journal_path, on_run=self._tell_ray, resume=resumed)
+
     def train(self, callbacks: Sequence[Any]) -> History:
         """Train, and put everything on record."""
-        wanted = self._wanted
-        with self._display, self._recorded():
-            plan, trainer = wanted.plan, self._trainer
-            group, opened = trainer.start(
-                wanted.train, plan.train, self._display, "train", plan.initial_epoch, self._name
-            )
-            self._opened["train"] = opened
-            if wanted.validation is not None:
-                assert plan.validation is not None
-                _, found = trainer.start(wanted.validation, plan.validation, self._display, "validation")
-                self._opened["validation"] = found
-            self._display.expect(opened.steps_per_epoch)
-            self._model = group.description
-            self._announce()
-            trainer.weights_change()
-            Controller(group, self._tracker, self._display).fit(
-                plan,
-                opened.plan or opened.steps_per_epoch,
-                pickled_hooks(callbacks, self._verbose),
-                self._saving(),
-                self._record,
-            )
-            for callback, state in zip(callbacks, self._record.callback_states, strict=True):
-                import_state(callback, state)
-            self._log_results()
+        try:
+            if self._is_done:
+                return self._nothing_to_do()
+            with self._display, self._recorded():
+                self._train(callbacks)
+            return self._history()
+        finally:
+            if self._lease is not None:
+                self._lease.release()
+
+    def _train(self, callbacks: Sequence[Any]) -> None:
+        trainer, wanted, plan = self._trainer, self._wanted, self._plan
+        group, opened = trainer.start(wanted.train, plan.train, self._display, "train", plan.initial_epoch, self._name)
+        self._opened["train"] = opened
+        if wanted.validation is not None:
+            assert plan.validation is not None
+            _, found = trainer.start(wanted.validation, plan.validation, self._display, "validation")
+            self._opened["validation"] = found
+        self._display.expect(opened.steps_per_epoch)
+        self._model = group.description
+        on_record = plan_on_record(plan, opened.plan)
+        self._announce(check_plan(self._loaded.manifest, on_record) if self._loaded is not None else [])
+        trainer.weights_change()
+        Controller(group, self._tracker, self._display, trainer.interrupts).fit(
+            plan,
+            opened.plan or opened.steps_per_epoch,
+            pickled_hooks(callbacks, self._verbose),
+            self._saving(on_record),
+            self._record,
+            self._take_saved(),
+        )
+        for callback, state in zip(callbacks, self._record.callback_states, strict=True):
+            import_state(callback, state)
+        self._log_results()
+
+    def _take_saved(self) -> SavedFit | None:
+        """Hand over what may be large, and hold it no longer."""
+        saved, self._saved = self._saved, None
+        return saved
+
+    def _nothing_to_do(self) -> History:
+        """An earlier attempt has finished: its weights are taken over, and nothing is trained."""
+        assert self._loaded is not None
+        url = self._loaded.checkpoint.url
+        with self._display:
+            self._display.note(f"run {self._name} is done: nothing is left to train; the weights are those of {url}")
+        self._trainer.restore(url)
         return self._history()
 
     @contextlib.contextmanager
@@ -96,6 +178,8 @@ class FitRun:
         self._write_info("running")
         try:
             yield
+        except TakenOver:  # the record is another's by now
+            raise
         except KeyboardInterrupt:
             self._finish("KILLED", "interrupted")
             raise
@@ -110,16 +194,38 @@ class FitRun:
         if status != "FINISHED" and self._model is None:
             self._start_tracking()  # it failed before the model was known: on record all the same
         self._display.status("finishing the record")
-        self._tracker.finish(status, error)
-        self._write_info(status.lower())
+        try:
+            self._tracker.finish(status, error)
+            if self._tracker.run_id is not None:
+                self._tell_ray(self._tracker.run_id)  # again: Ray writes the job's state over it at times
+        finally:
+            self._write_info(status.lower())
 
-    def _announce(self) -> None:
+    def _announce(self, changed: Sequence[str]) -> None:
+        """What the user is told before the first step: the run, and in what it is not as one would expect."""
         self._start_tracking()
         assert self._model is not None
         self._display.note(f"run {self._name}")
+        if self._loaded is not None:
+            self._announce_resume(self._loaded, changed)
         if self._trainer.num_workers > 1:
             for exception in self._model.exceptions:
                 self._display.note(f"not as in one process: {exception}")
+
+    def _announce_resume(self, loaded: LoadedCheckpoint, changed: Sequence[str]) -> None:
+        note = self._display.note
+        for reason in self._passed_over:
+            note(f"passed over: {reason}")
+        note(f"going on at {in_words(loaded.manifest.position)} from {loaded.checkpoint.url}")
+        if self._trainer.seed != loaded.manifest.seed:
+            note(f"seed={self._trainer.seed} has no effect: the run goes on with {loaded.manifest.seed}")
+        other = [*changed, *other_circumstances(loaded.manifest, self._trainer.num_workers, self._versions())]
+        if other:
+            note(f"not bit for bit what an undisturbed run would give: {', '.join(other)}")
+
+    def _versions(self) -> dict[str, str]:
+        """What the bits of the result hang on, besides what the user has passed."""
+        return {**versions(), **self._trainer.machine()}
 
     def _tell_ray(self, run_id: str) -> None:
         cluster.add_job_metadata({"dtrain_run": self._name, "mlflow_run_id": run_id})
@@ -138,21 +244,36 @@ class FitRun:
         data = {"train": wanted.train, "validation": wanted.validation}
         address = cluster.address() or "local"
         self._tracker.start(
-            describe_run(self._name, wanted.plan, data, self._opened, self._model, settings, trainer.config, address)
+            describe_run(self._name, self._plan, data, self._opened, self._model, settings, trainer.config, address)
         )
 
-    def _saving(self) -> Saving | None:
+    def _saving(self, plan: dict[str, Any]) -> Saving | None:
         if self._trainer.checkpoint is None or self._folder is None or self._model is None:
             return None
         manifest = Manifest(
             step=0,
             position=self._record.position,
             world_size=self._trainer.num_workers,
-            seed=self._trainer.seed,
+            seed=self._loaded.manifest.seed if self._loaded is not None else self._trainer.seed,
             model_digest=self._model.signature,
-            versions=versions(),
+            versions=self._versions(),
+            extra={"plan": plan},
         )
-        return Saving(self._folder.checkpoints, self._trainer.checkpoint, manifest)
+        return Saving(self._folder.checkpoints, self._trainer.checkpoint, manifest, self._begin, self._before_commit)
+
+    def _begin(self) -> None:
+        """The workers have taken over the checkpoint: what is newer is not to be gone on from any more."""
+        assert self._folder is not None and self._lease is not None
+        if self._goes_on:
+            self._lease.check()
+            self._folder.checkpoints.rewind(self._loaded.checkpoint if self._loaded is not None else None)
+
+    def _before_commit(self) -> dict[str, Any]:
+        """Make sure that the run is still ours, and its journal no less than the checkpoint."""
+        assert self._lease is not None
+        self._lease.check()
+        tracked = self._tracker.tracked()
+        return {"tracked": dataclasses.asdict(tracked) if tracked is not None else None}
 
     def _log_results(self) -> None:
         """The curves and the trained model."""
@@ -194,8 +315,19 @@ class FitRun:
             "state": state,
             "step": self._record.steps,
             "position": dataclasses.asdict(self._record.position),
-            "metrics": {key: values[-1] for key, values in self._record.history.items() if values},
+            "metrics": newest_numbers(self._record.history),
             "mlflow_run_id": self._tracker.run_id,
         }
         with contextlib.suppress(OSError):  # the list of runs is a convenience: a full disk must not end the training
             self._folder.write_info({**self._folder.read_info(), **info})
+
+
+def newest_numbers(history: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """What the run's folder says of a history: JSON values, so no metrics that are arrays."""
+    return {key: float(values[-1]) for key, values in history.items() if values and np.ndim(values[-1]) == 0}
+
+
+def _is_of_run(url: Resume, storage_path: str, name: str) -> bool:
+    """Whether a checkpoint lies in the folder of the run of that name."""
+    run = (Folder(storage_path) / name).url
+    return isinstance(url, str) and Folder(url).url.startswith(f"{run}/")

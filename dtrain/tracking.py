@@ -35,6 +35,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 FINISH_SECONDS = 30.0
 """How long finish() waits for an MLflow that does not answer."""
+KILLED_SECONDS = 5.0
+"""The same after Ctrl-C, when somebody waits for the end."""
 
 _logger = logging.getLogger("dtrain")
 
@@ -384,8 +386,8 @@ class MLflowTracker:
     def finish(self, status: Status, error: str | None = None) -> None:
         """Ends the run: sends what is left, the journal as an artifact, and the status.
 
-        Waits as long as sending gets on, but not longer than 30 seconds for an MLflow that fails or does not answer.
-        What is left then stays in the journal, and one line says so. A second call does nothing.
+        Waits as long as sending gets on, but not longer than 30 seconds (5 after Ctrl-C) for an MLflow that fails or
+        does not answer. What is left then stays in the journal, and one line says so. A second call does nothing.
 
         Args:
             status: what the run ended as.
@@ -395,11 +397,15 @@ class MLflowTracker:
             return
         self._finished = True
         self._append("finish", status=status, error=error)
-        self.drain()
+        self.drain(KILLED_SECONDS if status == "KILLED" else FINISH_SECONDS)
 
-    def drain(self) -> bool:
-        """Sends what is left and stops the thread; the second half of finish(). False if something is left."""
-        done = self._sender.drain(FINISH_SECONDS) and not self._journal.waiting
+    def drain(self, seconds: float = FINISH_SECONDS) -> bool:
+        """Sends what is left and stops the thread; the second half of finish(). False if something is left.
+
+        Args:
+            seconds: how long to wait for an MLflow that fails or does not answer.
+        """
+        done = self._sender.drain(seconds) and not self._journal.waiting
         if done:
             shutil.rmtree(self._outbox, ignore_errors=True)
         else:

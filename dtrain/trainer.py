@@ -26,6 +26,7 @@ from dtrain.fit_run import FitRun
 from dtrain.history import History
 from dtrain.interrupts import Interrupts
 from dtrain.progress import ProgressBar
+from dtrain.resume import AUTO, check_resume
 from dtrain.runs import unique_name, validate_name
 from dtrain.tracking import NullTracker
 from dtrain.types import (
@@ -136,6 +137,7 @@ class Trainer:
         self.interrupts = Interrupts()
         self._group: WorkerGroup | None = None
         self._num_fits = 0
+        self._last_fit_failed = False
         self._weights = Weights(model_fn, config)
         _shut_down_at_exit(self)
 
@@ -159,6 +161,8 @@ class Trainer:
         validation_steps: int | None = None,
         validation_batch_size: int | None = None,
         validation_freq: int | Sequence[int] = 1,
+        *,
+        resume: bool | str = False,
     ) -> History:
         """Train. Every argument means what it means in `keras.Model.fit`.
 
@@ -169,14 +173,22 @@ class Trainer:
         of them and keeps its rows. A tf.data.Dataset itself is read once, here: its batches come in one order in every
         epoch. Each fit is one MLflow run; the weights go on from the last.
 
+        `resume="auto"` goes on with the run of this Trainer's `run_name` where its newest checkpoint that is whole has
+        it, or begins it; `resume=<URL>` goes on from that checkpoint. With the same arguments, data and number of
+        workers the run ends bit for bit as if it had never been stopped (on CPU, where `deterministic` is on). A run
+        that is done is not trained again.
+
         Returns:
             The history, and where the run is recorded.
 
         Raises:
             ConfigError, DataError: what was passed is wrong; no worker was started.
+            CheckpointError: what is to be gone on from is missing, damaged, or of another model or other data.
             WorkerError: a worker raised or died; carries its rank, host and traceback.
             KeyboardInterrupt: Ctrl-C; for SIGTERM `dtrain.interrupts.Terminated`, which is one.
         """
+        resume = check_resume(resume, self.run_name, self.checkpoint is not None)
+        number = self._num_fits - int(resume == AUTO and self._last_fit_failed)
         wanted = arguments.fit_arguments(
             x,
             y,
@@ -192,14 +204,16 @@ class Trainer:
             validation_steps=validation_steps,
             validation_batch_size=validation_batch_size,
             validation_freq=validation_freq,
-            seed=(self.seed, self._num_fits),
+            seed=(self.seed, number),
             record_steps=self.tracking is not None,
         )
         hooks = arguments.callback_list(callbacks)
         with self.interrupts:
-            run = FitRun(self, wanted, verbose, self._name_of_next_fit())
-            self._num_fits += 1
-            return run.train(hooks)
+            run = FitRun(self, wanted, verbose, self._name_of_fit(number), resume)
+            self._num_fits, self._last_fit_failed = number + 1, True
+            history = run.train(hooks)
+            self._last_fit_failed = False
+            return history
 
     def evaluate(
         self,
@@ -288,7 +302,20 @@ class Trainer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """As `keras.Model.save`: the file is plain Keras and knows nothing of dtrain."""
-        self.model.save(path)
+        self._built_model().save(path)
+
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """As `keras.Model.export`: a SavedModel, to be served."""
+        self._built_model().export(os.fspath(path), verbose=False)
+
+    def build(self, x: Any, y: Tree = None) -> None:
+        """Let a model that learns its shapes from data know them before the first verb; `x` is read by rows.
+
+        Raises:
+            DataError: it is data in batches, or none.
+        """
+        source = arguments.source_of(x, y)
+        self._weights.see(source.read(np.zeros(1, np.int64)))
 
     def summary(self) -> None:
         """As `keras.Model.summary`."""
@@ -301,6 +328,15 @@ class Trainer:
             CheckpointError: it is missing, damaged, or of another model.
         """
         self._weights.take_checkpoint(os.fspath(url), self._group)
+
+    def _built_model(self) -> "keras.Model":
+        model = self.model
+        if not model.built:
+            raise ConfigError(
+                "the model learns its shapes from its first data and has seen none: call trainer.build(x), or give its"
+                " first layer an Input"
+            )
+        return model
 
     # --- workers
 
@@ -408,14 +444,20 @@ class Trainer:
             sparse_as_dense=self.sparse_as_dense,
         )
 
-    def _name_of_next_fit(self) -> str:
+    def _name_of_fit(self, number: int) -> str:
         if self.run_name is None:
             return unique_name()
-        return self.run_name if self._num_fits == 0 else f"{self.run_name}-{self._num_fits + 1}"
+        return self.run_name if number == 0 else f"{self.run_name}-{number + 1}"
 
     def weights_change(self) -> None:
         """The workers are about to train: the local model is no longer current."""
         self._weights.change()
+
+    def machine(self) -> dict[str, str]:
+        """Of the first worker, what the bits of floating-point numbers hang on: its CPU and its threads."""
+        if self._group is None:
+            return {}
+        return {"cpu": self._group.workers[0].cpu, "threads": str(self._group.intra_threads)}
 
     def keep_for_fall_back(self, checkpoint: str) -> None:
         """The newest checkpoint: what goes on from there if the workers are lost."""
@@ -441,7 +483,7 @@ class Trainer:
         with self.interrupts, ProgressBar(verbose, 1, workers=self.num_workers, task=task) as display:
             group, opened = self.start(data, plan, display, task)
             display.expect(opened.steps_per_epoch)
-            controller = Controller(group, NullTracker(), display)
+            controller = Controller(group, NullTracker(), display, self.interrupts)
             pickled_hooks = arguments.pickled_hooks(hooks, verbose)
             results = controller.run_pass(task, plan, pickled_hooks)
             if hooks:
