@@ -5,7 +5,7 @@ Tensors are safetensors files and all else is JSON: nothing is unpickled. What i
 array headers and SHA-256 sums are checked against the manifest before anything is used. Which checkpoint to make, and
 what the tensors mean, is decided elsewhere; only one process may commit to a store at a time.
 
-    <root>/step-000000120/model.safetensors  state.json  manifest.json
+    <root>/step-000000120/model.safetensors  fit.json   manifest.json
     <root>/.staging-step-000000180-5f3a9c01/...             being written (local disks; elsewhere without the prefix)
 """
 
