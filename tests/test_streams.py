@@ -141,17 +141,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def in_float64(function: F) -> F:
-    """Run a rank's function in float64; the ranks serve other tests, too."""
+    """Run a rank's function in float64."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         keras.config.set_floatx("float64")
         keras.config.set_dtype_policy("float64")
-        try:
-            return function(*args, **kwargs)
-        finally:
-            keras.config.set_floatx("float32")
-            keras.config.set_dtype_policy("float32")
+        return function(*args, **kwargs)
 
     return wrapper  # type: ignore[return-value]
 
