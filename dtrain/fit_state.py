@@ -21,6 +21,8 @@ from dtrain.state_tree import pack, unpack
 from dtrain.types import Array, Logs, Position
 
 FIT = "fit"
+ACCUMULATED = "accumulated/"
+"""What a rank's gradients not yet applied are called in its file: this, and their place in the model's file."""
 
 CallbackStates = list[CallbackState | None]
 
@@ -127,6 +129,22 @@ def read(loaded: LoadedCheckpoint) -> SavedFit:
         raise CheckpointError(
             f"{loaded.checkpoint.url} is whole, but is not of a fit ({error!r}); Trainer.restore takes over its weights"
         ) from error
+
+
+def state_of(loaded: LoadedCheckpoint) -> dict[str, Array]:
+    """The variables of model and optimizers; what each rank has accumulated of a gradient is added up."""
+    state = dict(sorted(loaded.tensors[MODEL_FILE].items()))
+    names = {ACCUMULATED + place_of(name): name for name in state}
+    for rank in range(1, loaded.manifest.world_size):
+        for place, array in loaded.tensors.get(_rank_file(rank), {}).items():
+            if place.startswith(ACCUMULATED):
+                state[names[place]] = state[names[place]] + array
+    return state
+
+
+def place_of(name: str) -> str:
+    """A variable's group and place of its name in a state; what follows differs, as Keras counts in a process."""
+    return "/".join(name.split("/")[:2])
 
 
 def history_of(callbacks: CallbackStates) -> tuple[dict[str, list[Any]], list[int]]:

@@ -14,9 +14,10 @@ import numpy as np
 
 from dtrain.collective import Collective
 from dtrain.errors import CheckpointError
+from dtrain.fit_state import ACCUMULATED, place_of
 from dtrain.keras_internals import accumulators_of
 from dtrain.metrics import MetricState
-from dtrain.model import optimizers_of
+from dtrain.model import named_variables, optimizers_of
 from dtrain.optimizer import sums_locally
 from dtrain.types import Array
 
@@ -45,7 +46,7 @@ def write_own(
         CheckpointError: it is of another model or of other metrics; nothing was changed.
     """
     rank = collective.rank
-    kinds = ("metric", "accumulated") if in_epoch else ("accumulated",)
+    kinds = ("metric/", ACCUMULATED) if in_epoch else (ACCUMULATED,)
     variables = {name: v for name, v in _variables(model, metrics).items() if name.startswith(kinds)}
     for name in sorted(variables.keys() | {name for name in every[0] if name.startswith(kinds)}):
         known, saved = variables.get(name), every[0].get(name)
@@ -65,10 +66,10 @@ def write_own(
 
 def _variables(model: keras.Model, metrics: MetricState) -> dict[str, Any]:
     found = {f"metric/{index:06d}": variable for index, variable in enumerate(metrics.variables)}
-    for number, optimizer in enumerate(optimizers_of(model)):
-        if sums_locally(optimizer):
-            accumulators = [variable for variable in accumulators_of(optimizer) if variable is not None]
-            found.update((f"accumulated{number}/{index:06d}", value) for index, value in enumerate(accumulators))
+    places = {id(variable): place_of(name) for name, variable in named_variables(model).items()}
+    for optimizer in filter(sums_locally, optimizers_of(model)):
+        accumulators = [variable for variable in accumulators_of(optimizer) if variable is not None]
+        found.update((f"{ACCUMULATED}{places[id(variable)]}", variable) for variable in accumulators)
     return found
 
 

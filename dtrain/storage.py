@@ -3,17 +3,42 @@
 What is kept in them, and under which names, is decided elsewhere.
 """
 
+import functools
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
+from typing import Concatenate, ParamSpec, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from dtrain.errors import ConfigError
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+def _raises_os_errors(
+    method: "Callable[Concatenate[Folder, Given], Result]",
+) -> "Callable[Concatenate[Folder, Given], Result]":
+    """File systems behind fsspec raise their clients' errors as well, of HTTP and of the network: OSErrors here."""
+
+    @functools.wraps(method)
+    def wrapper(folder: "Folder", /, *args: Given.args, **kwargs: Given.kwargs) -> Result:
+        try:
+            return method(folder, *args, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:
+            if folder.is_local:
+                raise
+            raise OSError(f"{folder.url}: {type(error).__name__}: {error}") from error
+
+    return wrapper
 
 
 @dataclass(frozen=True)
@@ -50,6 +75,7 @@ class Folder:
         child.path = f"{self.path.rstrip('/')}/{name}"
         return child
 
+    @_raises_os_errors
     def entries(self) -> dict[str, Entry]:
         """What is in it, links not followed; nothing if it is missing."""
         try:
@@ -66,6 +92,7 @@ class Folder:
             name: Entry(item["type"], item["size"] or 0) for name, item in named if name and item["name"] != self.path
         }
 
+    @_raises_os_errors
     def has(self, name: str) -> bool:
         """Whether there is a plain file of that name."""
         if self.is_local:
@@ -75,6 +102,7 @@ class Folder:
         self._fs.invalidate_cache(self.path)
         return bool(self._fs.isfile(f"{self.path}/{name}"))
 
+    @_raises_os_errors
     def read(self, name: str, limit: int = -1) -> bytes:
         """The first `limit` bytes of a file; -1: all."""
         if not self.is_local:
@@ -82,6 +110,7 @@ class Folder:
         with open(f"{self.path}/{name}", "rb") if self.is_local else self._fs.open(f"{self.path}/{name}", "rb") as file:
             return bytes(file.read(limit))
 
+    @_raises_os_errors
     def make(self) -> None:
         """Makes it, for its owner alone, and the folders above it."""
         if not self.is_local:
@@ -89,6 +118,7 @@ class Folder:
             return
         _make_folder(self.path, 0o700)
 
+    @_raises_os_errors
     def write(self, name: str, *parts: bytes | memoryview) -> None:
         """Writes a file, part after part, and, on a local disk, waits until it is there. The folder must exist."""
         if not self.is_local:
@@ -116,11 +146,13 @@ class Folder:
         os.rename(self.path, target.path)
         _sync_folder(os.path.dirname(target.path))
 
+    @_raises_os_errors
     def remove_file(self, name: str) -> None:
         """Removes a file, if it is there."""
         with suppress(FileNotFoundError):
             os.remove(f"{self.path}/{name}") if self.is_local else self._fs.rm_file(f"{self.path}/{name}")
 
+    @_raises_os_errors
     def remove(self) -> None:
         """Removes it with all that is in it, if it is there."""
         if self.is_local:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from dtrain import cluster
-from dtrain.checkpoint import MODEL_FILE, load
+from dtrain import cluster, fit_state
+from dtrain.checkpoint import load
 from dtrain.data.source import keras_batch
 from dtrain.driver_tensorflow import import_tensorflow
 from dtrain.errors import CheckpointError, ConfigError, DtrainError
@@ -111,7 +111,7 @@ class Weights:
             self.keep(group)
         kept = self._pending
         try:
-            self._take(dict(sorted(loaded.tensors[MODEL_FILE].items())), group)
+            self._take(fit_state.state_of(loaded), group)
         except CheckpointError:
             self._pending = kept
             raise

@@ -1,6 +1,7 @@
 """One Ray and one set of plain processes for the whole session: starting them is what costs."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,32 @@ def local_ray() -> Iterator[None]:
     ray.init(address="local", num_cpus=8, namespace="dtrain", log_to_driver=False, logging_level=logging.WARNING)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """A bucket on a server of this session's own."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(params=["local", "file", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A place for files of each kind; a bucket is slow, and has tests of its own."""
+    urls = {"local": str(tmp_path / "store"), "file": (tmp_path / "store").as_uri()}
+    return urls.get(request.param, f"memory://{uuid.uuid4().hex}")
 
 
 @pytest.fixture

@@ -121,16 +121,20 @@ class Fit:
 
     def __init__(self, collective: Collective, name: str, dtype: str) -> None:
         keras.backend.clear_session(free_memory=False)
-        keras.config.set_floatx(dtype)
-        keras.config.set_dtype_policy(dtype)
-        keras.utils.set_random_seed(11)
+        self.dtype = dtype
+        self._reset()
         make, self.callbacks, self.make_data = CASES[name]
         self.replica = Replica(make(), collective)
         self.replica.build((data()[0][:1], data()[1][:1]))
         self.initial = self.replica.read_state()
 
-    def begin(self, saved: SavedFit | None = None) -> None:
+    def _reset(self) -> None:
+        keras.config.set_floatx(self.dtype)
+        keras.config.set_dtype_policy(self.dtype)
         keras.utils.set_random_seed(11)
+
+    def begin(self, saved: SavedFit | None = None) -> None:
+        self._reset()
         if saved is None:
             self.replica.write_state(self.initial)
         train: Any = ArraySource(*data())
@@ -212,6 +216,15 @@ def resumed(collective: Collective, name: str, dtype: str, saved: SavedFit, anew
     while fit.step():
         pass
     return fit.end(), fit.logs
+
+
+def whole_state(collective: Collective, name: str, dtype: str, steps: int) -> dict[str, Any]:
+    """The job's state after some steps, with what all ranks have accumulated."""
+    fit = fit_of(collective, name, dtype)
+    fit.begin()
+    while fit.steps < steps:
+        fit.step()
+    return fit.replica.read_state()
 
 
 def state_after(collective: Collective, name: str, dtype: str, saved: SavedFit | None) -> dict[str, Any]:

@@ -20,6 +20,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from fsspec.implementations.memory import MemoryFileSystem
+from s3fs import S3FileSystem
 
 from dtrain import checkpoint as module
 from dtrain.checkpoint import Checkpoint, CheckpointStore, Manifest, load, read_manifest, structure_digest
@@ -59,12 +61,9 @@ def folder_of(checkpoint: Checkpoint) -> Path:
     return Path(checkpoint.url)
 
 
-@pytest.fixture(params=["local", "file", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
-    prefix = {"local": str(tmp_path), "file": tmp_path.as_uri(), "memory": f"memory://{uuid.uuid4().hex}"}[
-        request.param
-    ]
-    return CheckpointStore(f"{prefix}/run 1/checkpoints")
+@pytest.fixture
+def store(storage: str) -> CheckpointStore:
+    return CheckpointStore(f"{storage}/run 1/checkpoints")
 
 
 @pytest.fixture
@@ -703,6 +702,51 @@ def test_array_headers_are_checked_before_memory_is_taken(local: CheckpointStore
     committed = local.commit(staging, manifest(1, files=(lie,)))
     with pytest.raises(CheckpointError, match=message):
         local.load(committed)
+
+
+def test_what_a_client_of_an_object_store_raises_is_said_as_a_failure_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on after a CheckpointError; not all clients raise OSErrors."""
+
+    class HttpError(Exception):
+        pass
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise HttpError("503, slow down")
+
+    store = CheckpointStore(f"memory://{uuid.uuid4().hex}")
+    commit(store, 100)
+    staging = store.stage(120)
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "pipe_file", refuse)
+        with pytest.raises(CheckpointError, match=r"cannot be written: .*HttpError: 503, slow down"):
+            staging.write_tensors("model.safetensors", {})
+    store.discard(staging)
+    assert [step_of(store.load(checkpoint)) for checkpoint in store.list()] == [100]
+
+
+def test_a_bucket_keeps_checkpoints(s3: str) -> None:
+    store = CheckpointStore(f"{s3}/run 1/checkpoints")
+    made = [commit(store, step) for step in (10, 20)]
+    store.stage(25).write_json("state.json", {})  # of a driver that was killed
+    made += [commit(store, step) for step in (30, 40)]
+    again = CheckpointStore(store.url)
+    assert again.latest() == made[-1] and step_of(load(made[-1].url)) == 40
+    again.prune(2, best=made[0])
+    assert again.list() == (made[0], *made[2:])
+    again.rewind(made[0])
+    assert again.list() == (made[0],) and commit(again, 15) == again.latest()
+    assert Folder(store.url).entries().keys() == {"step-000000010", "step-000000015"}
+
+
+def test_a_bucket_that_nobody_reaches_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(CheckpointError, match=r"unreached.* cannot be .*127\.0\.0\.1:9"):
+        commit(CheckpointStore("s3://bucket/unreached"), 100)
+    S3FileSystem.clear_instance_cache()
 
 
 def test_storage_of_an_unknown_kind_is_refused() -> None:

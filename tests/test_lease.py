@@ -151,11 +151,10 @@ def take(clock: Clock) -> Iterator[Callable[..., Lease]]:
         lease.release()
 
 
-@pytest.fixture(params=["local", "file", "memory"])
-def run(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return {"local": str(tmp_path), "file": tmp_path.as_uri(), "memory": f"memory://{uuid.uuid4().hex}/run 1"}[
-        request.param
-    ]
+@pytest.fixture
+def run(storage: str, tmp_path: Path) -> str:
+    (tmp_path / "store" / "run 1").mkdir(parents=True)
+    return f"{storage}/run 1"
 
 
 @pytest.fixture

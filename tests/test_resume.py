@@ -21,6 +21,7 @@ from models import blobs
 from ranks import Ranks
 
 import dtrain
+from dtrain import fit_state
 from dtrain.callback_checkpoint import CallbackState
 from dtrain.checkpoint import CheckpointStore, Manifest, read_manifest
 from dtrain.errors import CheckpointError, ConfigError, WorkerError
@@ -84,6 +85,21 @@ def test_a_fit_goes_on_at_another_number_of_ranks(ranks: Ranks, name: str, tmp_p
             assert found.keys() == expected.keys()
             off = max(float(np.abs(found[key] - expected[key]).max(initial=0)) for key in expected)
             assert off < 1e-10, (world_size, step, off)
+
+
+def test_what_all_ranks_accumulated_is_restored_where_no_fit_goes_on(ranks: Ranks, tmp_path: Path) -> None:
+    """`Trainer.restore` and a fit that falls back take the model's state alone."""
+    name, step = NAMES[1], 4  # in the middle of three steps that make an update
+    ranks.run(2, resumption.straight, name, "float32")
+    save_after_each(ranks, 2, name, "float32", [step], tmp_path)
+    store = CheckpointStore(str(tmp_path))
+    newest = store.latest()
+    assert newest is not None
+    found = fit_state.state_of(store.load(newest))
+    expected = ranks.run(2, resumption.whole_state, name, "float32", step)[0]
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)
+    assert any("accumul" in key and np.any(value) for key, value in expected.items())
 
 
 def test_a_state_that_is_left_out_would_show(ranks: Ranks, tmp_path: Path) -> None:

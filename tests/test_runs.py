@@ -16,11 +16,9 @@ from dtrain.runs import RunFolder, RunSummary, find_run, list_checkpoints, list_
 from dtrain.types import Position
 
 
-@pytest.fixture(params=["local", "file", "memory"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(autouse=True)
+def own_state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    runs = tmp_path / "runs"
-    return {"local": str(runs), "file": runs.as_uri(), "memory": f"memory://{uuid.uuid4().hex}"}[request.param]
 
 
 def commit(run: RunFolder, step: int, best: float | None = None) -> str:
