@@ -114,6 +114,16 @@ def _takes_class_numbers(loss: Any) -> bool:
     return by_name or loss is function or isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
 
 
+def has_own_loss(model: keras.Model) -> bool:
+    """Whether code that is not Keras's takes the loss of the targets; it may mask what is wrong in them."""
+    steps = ("train_step", "compute_loss")
+    if any(getattr(type(model), step) is not getattr(keras.Model, step) for step in steps):
+        return True
+    losses = [loss for loss in keras.tree.flatten(model.loss) if loss is not None and not isinstance(loss, str)]
+    functions = [getattr(loss, "fn", loss) for loss in losses]
+    return not all(str(function.__module__).partition(".")[0] == "keras" for function in functions)
+
+
 def describe(model: keras.Model) -> ModelDescription:
     """Describe a built model."""
     text = io.StringIO()

@@ -32,6 +32,7 @@ from dtrain.model import (
     build,
     build_variables,
     describe,
+    has_own_loss,
     label_rules,
     learning_rate,
     read_state,
@@ -271,7 +272,8 @@ class Replica:
             rows = np.arange(feed.batch_rows, dtype=np.int64)[shard(feed.batch_rows, world_size, rank).rows]
             batch = first
         classes, ignored = label_rules(self.model)
-        check_batch(batch, rows, num_classes=classes, ignore_class=ignored)
+        is_own = has_own_loss(self.model)
+        check_batch(batch, rows, num_classes=classes, ignore_class=ignored, has_own_loss=is_own)
 
     def _batch_bytes(self, feed: OpenFeed, first: Tree) -> int:
         """About how many bytes this rank's rows of a mini-batch take, given what `feed.first` returned."""

@@ -68,6 +68,15 @@ def test_what_a_model_may_mask_in_x_is_a_warning(caplog: pytest.LogCaptureFixtur
     assert record.getMessage().startswith("x['image'] is nan in row 17, column 0; there are 2 such values")
 
 
+def test_what_a_loss_of_the_user_s_may_mask_in_y_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "dtrain"):
+        check_batch((X, np.array([0, NAN, NAN])), ROWS, has_own_loss=True)
+    (record,) = caplog.records
+    assert "y is nan in row 17; there are 2 such values" in record.message
+    with pytest.raises(DataError, match="sample_weight is nan"):
+        check_batch((X, OK, np.array([1, 1, NAN])), ROWS, has_own_loss=True)
+
+
 def test_weights_below_0_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "dtrain"):
         check_batch((X, OK, np.array([1, -0.5, 1])), ROWS)

@@ -1,8 +1,11 @@
 """Claims about a model as a whole: what it holds, and its state."""
 
-import keras
+from typing import Any
 
-from dtrain.model import optimizers_of
+import keras
+import pytest
+
+from dtrain.model import has_own_loss, optimizers_of
 
 
 def test_optimizers_are_found_however_deep_and_the_compiled_one_is_first() -> None:
@@ -23,3 +26,35 @@ def test_optimizers_are_found_however_deep_and_the_compiled_one_is_first() -> No
     assert [optimizer.name for optimizer in optimizers_of(model)] == ["outer", "a", "b", "c", "d"]
     model.compile(compiled, "mse")
     assert optimizers_of(model)[0] is compiled
+
+
+def masked(y_true: Any, y_pred: Any) -> Any:
+    return keras.ops.nan_to_num(y_true) - y_pred
+
+
+class Masked(keras.losses.Loss):  # type: ignore[misc]
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        return masked(y_true, y_pred)
+
+
+class OwnStep(keras.Sequential):  # type: ignore[misc]
+    def train_step(self, data: Any) -> Any:
+        return super().train_step(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "is_own"),
+    [
+        (keras.Sequential, "mse", False),
+        (keras.Sequential, keras.losses.mean_squared_error, False),
+        (keras.Sequential, [keras.losses.Huber()], False),
+        (keras.Sequential, {"a": "mse", "b": None}, False),
+        (keras.Sequential, masked, True),
+        (keras.Sequential, {"a": "mse", "b": Masked()}, True),
+        (OwnStep, "mse", True),
+    ],
+)
+def test_a_loss_that_is_not_keras_s_is_told(kind: Any, loss: Any, is_own: bool) -> None:
+    model = kind([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", loss)
+    assert has_own_loss(model) is is_own

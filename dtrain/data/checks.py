@@ -17,13 +17,18 @@ Classes = int | Mapping[str, int] | None
 
 
 def check_batch(
-    batch: Tree, rows: npt.NDArray[np.int64], *, num_classes: Classes = None, ignore_class: Classes = None
+    batch: Tree,
+    rows: npt.NDArray[np.int64],
+    *,
+    num_classes: Classes = None,
+    ignore_class: Classes = None,
+    has_own_loss: bool = False,
 ) -> None:
     """Refuse a batch that cannot be trained on, by the place of its first wrong value.
 
-    NaN and infinity in y and sample_weight make every weight of the model NaN in one step: an error. In x they are a
-    warning in the log, since some models mask them and attention masks are of minus infinity on purpose. So are
-    negative weights, which Keras takes and some fields use.
+    NaN and infinity in y and sample_weight make every weight of the model NaN in one step: an error. In x, and in y where
+    the loss is the user's, they are a warning in the log, since some models and losses mask them and attention masks are
+    of minus infinity on purpose. So are negative weights, which Keras takes and some fields use.
 
     Args:
         batch: (x,), (x, y) or (x, y, sample_weight), each leaf (rows, ...), as NumPy arrays.
@@ -31,6 +36,7 @@ def check_batch(
         num_classes: where y holds the numbers of classes (sparse categorical crossentropy), how many the model's output
             has; for several outputs by path, such as {"y['kind']": 10}.
         ignore_class: the label besides that the loss passes over; likewise.
+        has_own_loss: whether code that is not Keras's takes the loss of y.
 
     Raises:
         DataError: naming the place, the row in the data set, the column, the rule and the fix.
@@ -38,7 +44,7 @@ def check_batch(
     for path, leaf in leaves(batch):
         part = path.split("[")[0]
         check_dtype(path, leaf)
-        _check_finite(path, part, leaf, rows)
+        _check_finite(path, leaf, rows, may_be_masked=part == "x" or (part == "y" and has_own_loss))
         classes = _of(path, num_classes)
         if part == "y" and classes is not None:
             _check_labels(path, leaf, rows, classes, _of(path, ignore_class))
@@ -46,15 +52,15 @@ def check_batch(
             log.warning("%s; weights below 0 turn a row's loss around", _place(path, leaf, rows, leaf < 0))
 
 
-def _check_finite(path: str, part: str, leaf: Array, rows: npt.NDArray[np.int64]) -> None:
+def _check_finite(path: str, leaf: Array, rows: npt.NDArray[np.int64], may_be_masked: bool) -> None:
     if not (leaf.dtype.kind in "fc" or leaf.dtype.name.startswith(("bfloat", "float8"))):
         return
     wrong = ~np.isfinite(leaf)
-    if part != "x":
+    if not may_be_masked:
         _raise_at(path, leaf, rows, wrong, "all of it must be finite numbers; drop such rows, or fill them in")
     elif wrong.any():
         log.warning(
-            "%s; there are %d such values in this mini-batch: unless the model masks them, its weights become NaN",
+            "%s; there are %d such values in this mini-batch: unless model or loss mask them, the weights become NaN",
             _place(path, leaf, rows, wrong),
             np.count_nonzero(wrong),
         )
