@@ -25,8 +25,9 @@ from keras.src.trainers.data_adapters.generator_data_adapter import GeneratorDat
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 from keras.src.utils import is_default
 
+from dtrain.data.source import leaves
 from dtrain.errors import DataError
-from dtrain.types import Tree
+from dtrain.types import Shapes, Tree
 
 __all__ = [
     "KerasInput",
@@ -180,6 +181,10 @@ class KerasInput:
         found: Iterable[Tree] = self._adapter.get_numpy_iterator()
         return found
 
+    def shapes(self) -> Shapes:
+        """As Keras finds them: a tf.data.Dataset declares them, of others it compares the first two batches."""
+        return self._shapes
+
     def end_pass(self) -> None:
         # Keras makes one more iterator then and throws it away; what is shuffled anew for each iterator feels that.
         if isinstance(self._adapter, TFDatasetAdapter):
@@ -203,6 +208,11 @@ class KerasInput:
             if _was_raised_by_keras(error):
                 raise DataError(str(error)) from error
             raise
+        # Whenever the data are made anew: to look at batches may draw random numbers, as it does in Keras.
+        spec = self._adapter.get_tf_dataset().element_spec
+        parts = spec if isinstance(spec, (tuple, list)) else (spec,)
+        found = ((path, getattr(leaf, "shape", None)) for path, leaf in leaves(parts))
+        self._shapes = {path: tuple(shape[1:]) for path, shape in found if shape is not None and shape.rank}
 
 
 def _spec_of(data: Any) -> Any:

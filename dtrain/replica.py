@@ -519,7 +519,7 @@ class Replica:
                 "run_eagerly=True does not go with an optimizer that only train_step builds, once it has a state to go"
                 " on from; build it where it is made: optimizer.build(variables)"
             )
-        return self._steps[kind](chunk.data, chunk.share, chunk.whole)
+        return self._steps[kind](chunk.data, chunk.share, chunk.whole, chunk.shapes)
 
     def _global_logs(
         self, kind: Kind, states: Sequence[Sequence[Array]], own: Sequence[dict[str, Array]], name: str

@@ -15,14 +15,14 @@ import tensorflow as tf
 
 from dtrain.batch_norm import synchronized_moments
 from dtrain.collective import Collective
-from dtrain.data.source import keras_batch
+from dtrain.data.source import keras_batch, leaves
 from dtrain.errors import ConfigError
 from dtrain.keras_internals import recorded_assignments, seed_generators_of
 from dtrain.losses import exact_losses
 from dtrain.metrics import MetricState, Source, flat_logs, shared_means
 from dtrain.model import optimizers_of
 from dtrain.optimizer import Reduction, reduce, reduced_gradients
-from dtrain.types import Array, Tree
+from dtrain.types import Array, Shapes, Tree
 
 Kind = Literal["train", "test"]
 
@@ -81,13 +81,17 @@ class Steps:
             return None
         return {name: source for name, source in self.returned.items() if source is not None}
 
-    def __call__(self, data: Tree, share: float, whole: bool) -> tuple[list[Array], dict[str, Array]]:
+    def __call__(
+        self, data: Tree, share: float, whole: bool, shapes: Shapes | None = None
+    ) -> tuple[list[Array], dict[str, Array]]:
         """Run the steps of a chunk. Collective.
 
         Args:
             data: leaves of shape (K, rows, ...), K at least 1.
             share: this rank's part of each mini-batch.
             whole: every rank has the whole mini-batch; rank 0's gradients and metrics count, the others' do not.
+            shapes: what is known of leaves behind the rows, by path; None there is traced once for all sizes. What is
+                traced depends on this and not on what came before, or a fit that is gone on with could differ.
 
         Returns:
             The metric variables after each step, each of shape (K, ...), or (1, ...) where they are too large to be
@@ -95,24 +99,26 @@ class Steps:
         """
         flat = tf.nest.flatten(data)
         structure = tf.nest.map_structure(lambda _: 0, data)
-        key = (whole, str(structure), *((tensor.dtype, tuple(tensor.shape[2:])) for tensor in flat))
+        paths = {id(tensor): path for path, tensor in leaves(data)}
+        trailing = [_known(tensor.shape[2:], (shapes or {}).get(paths[id(tensor)])) for tensor in flat]
+        specs = [tf.TensorSpec([None, None, *shape], t.dtype) for shape, t in zip(trailing, flat, strict=True)]
+        key = (whole, str(structure), *specs)
         function = self._functions.get(key)
         if function is None:
-            function = self._functions[key] = self._make(flat, structure, whole)
+            function = self._functions[key] = self._make(specs, structure, whole)
         # A sum of g and zeros is g to the last bit; a sum of N times g / N is not.
         counted = float(self._collective.rank == 0) if whole else share
         states, logs = function(flat, tf.constant(counted, tf.float64))
         return [state.numpy() for state in states], {key: value.numpy() for key, value in logs.items()}
 
-    def _make(self, flat: Sequence[tf.Tensor], structure: Tree, whole: bool) -> Any:
+    def _make(self, specs: Sequence[tf.TensorSpec], structure: Tree, whole: bool) -> Any:
         def run(flat: Sequence[tf.Tensor], share: tf.Tensor) -> Any:
             steps = self._run_eagerly if self._model.run_eagerly else self._run
             return steps(flat, structure, share, whole)
 
         if self._model.run_eagerly:
             return run
-        specs = [tf.TensorSpec([None, None, *tensor.shape[2:]], tensor.dtype) for tensor in flat]
-        signature = [specs, tf.TensorSpec([], tf.float64)]
+        signature = [list(specs), tf.TensorSpec([], tf.float64)]
         # Horovod's operations have no XLA version, so compile()'s jit_compile cannot reach around them.
         return tf.function(run, input_signature=signature, autograph=False, jit_compile=False)
 
@@ -243,6 +249,11 @@ class Steps:
             for name, value in flat_logs(logs).items()
         }
         return logs
+
+
+def _known(found: tf.TensorShape, declared: Sequence[int | None] | None) -> tuple[int | None, ...]:
+    """The shape to trace for: the declared one, where what was found is one of it."""
+    return tuple(declared) if declared is not None and found.is_compatible_with(declared) else tuple(found)
 
 
 def concatenate(parts: Sequence[Sequence[Array]]) -> list[Array]:

@@ -13,6 +13,9 @@ Array = npt.NDArray[Any]
 Tree = Any
 """A NumPy array, or a dict, list or tuple of trees (None where there is nothing)."""
 
+Shapes = Mapping[str, tuple[int | None, ...]]
+"""Of leaves by path, without the rows; None: any size."""
+
 Logs = dict[str, float]
 """Metrics by name, as Keras hands them to callbacks."""
 

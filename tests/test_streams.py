@@ -249,6 +249,66 @@ def test_n_ranks_end_where_plain_keras_does(ended: Any, name: str) -> None:
             assert difference(rank[name], plain[name]) < 1e-10, world_size
 
 
+def padded() -> Any:
+    """Sentences of 1 to 6 words, the short ones first: each mini-batch is as long as its longest."""
+    lengths = np.sort(np.random.default_rng(4).integers(1, 7, ROWS))
+    words = tf.data.Dataset.from_generator(
+        lambda: (np.arange(1, length + 1) for length in lengths), output_signature=tf.TensorSpec([None], tf.int64)
+    )
+    labelled = tf.data.Dataset.zip(words, tf.data.Dataset.from_tensor_slices(lengths % 3))
+    return labelled.padded_batch(BATCH, ([None], []))
+
+
+class Counted(keras.layers.Layer):  # type: ignore[misc]
+    """Counts how often it is traced."""
+
+    supports_masking = True
+    calls = 0
+
+    def call(self, inputs: Any) -> Any:
+        Counted.calls += 1
+        return inputs
+
+
+def model_of_sentences() -> keras.Model:
+    keras.backend.clear_session(free_memory=False)
+    keras.utils.set_random_seed(11)
+    layers = [keras.layers.Embedding(8, 4, mask_zero=True), Counted(), keras.layers.GRU(5), keras.layers.Dense(3)]
+    model = keras.Sequential(layers)
+    model.compile(keras.optimizers.SGD(0.5), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+@in_float64
+def plain_fit_of_sentences(collective: Any) -> Any:
+    model = model_of_sentences()
+    history = model.fit(padded(), epochs=2, shuffle=False, verbose=0)
+    return model.get_weights(), history.history
+
+
+@in_float64
+def our_fit_of_sentences(collective: Any) -> Any:
+    from dtrain.replica import Replica
+
+    replica = Replica(model_of_sentences(), collective)
+    replica.begin_fit(FitPlan(Batching(), 2), deferred(padded))
+    Counted.calls = 0
+    position = Position(0, 0)
+    while position.epoch < 2:
+        position = replica.run(Segment(position, 1000)).position
+    traces = Counted.calls
+    return (replica.model.get_weights(), replica.end_fit()), traces
+
+
+def test_mini_batches_of_many_lengths_are_traced_once(ranks: Ranks) -> None:
+    assert len({x.shape[1] for x, _ in padded().as_numpy_iterator()}) > 2
+    (plain,) = ranks.run(1, plain_fit_of_sentences)
+    for world_size in (1, 2, 3):
+        for found, traces in ranks.run(world_size, our_fit_of_sentences):
+            assert difference(found, plain) < 1e-10, world_size
+            assert traces == 1, world_size
+
+
 def test_the_comparison_sees_another_order(ended: Any) -> None:
     (plain,) = ended[0]
     assert difference(plain["PyDataset with hooks"], plain["generator"]) > 1e-3

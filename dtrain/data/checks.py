@@ -26,9 +26,9 @@ def check_batch(
 ) -> None:
     """Refuse a batch that cannot be trained on, by the place of its first wrong value.
 
-    NaN and infinity in y and sample_weight make every weight of the model NaN in one step: an error. In x, and in y where
-    the loss is the user's, they are a warning in the log, since some models and losses mask them and attention masks are
-    of minus infinity on purpose. So are negative weights, which Keras takes and some fields use.
+    NaN and infinity in y and sample_weight make every weight of the model NaN in one step: an error. In x, and in y
+    where the loss is the user's, they are a warning in the log, since some models and losses mask them and attention
+    masks are of minus infinity on purpose. So are negative weights, which Keras takes and some fields use.
 
     Args:
         batch: (x,), (x, y) or (x, y, sample_weight), each leaf (rows, ...), as NumPy arrays.

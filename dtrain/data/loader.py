@@ -6,14 +6,14 @@ Reads ahead: this rank's rows, a few steps at a time, in a background thread tha
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from dtrain.data.sampler import Sampler, shard
 from dtrain.data.source import Blocked, DataSource, map_tree
-from dtrain.types import BatchPlan, ModelDescription, Opened, Tree
+from dtrain.types import BatchPlan, ModelDescription, Opened, Shapes, Tree
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Chunk:
         share: what this rank's mean loss counts in the mini-batch's.
         whole: every rank has all the rows, because there are fewer rows than ranks.
         global_rows: rows of the whole mini-batch, the same for every step of the chunk.
+        shapes: what leaves have behind the rows, by path, where it is known to differ between batches: None there.
     """
 
     first_step: int
@@ -36,6 +37,7 @@ class Chunk:
     share: float
     whole: bool
     global_rows: int
+    shapes: Shapes = field(default_factory=dict)
 
 
 class Feed(Protocol):

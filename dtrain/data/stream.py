@@ -25,7 +25,7 @@ from dtrain.data.loader import Chunk
 from dtrain.data.sampler import Sampler, shard
 from dtrain.data.source import content_of, leaves, map_tree
 from dtrain.errors import DataError, LostPeer
-from dtrain.types import BatchPlan, ModelDescription, Opened, Position, Purpose, Tree
+from dtrain.types import BatchPlan, ModelDescription, Opened, Position, Purpose, Shapes, Tree
 
 Gather = Callable[[Any], list[Any]]
 """Returns every rank's value, in rank order; all ranks must call it."""
@@ -49,6 +49,9 @@ class Input(Protocol):
 
     def batches(self) -> Iterable[Tree]:
         """One pass. Read in one background thread."""
+
+    def shapes(self) -> Shapes:
+        """What leaves have behind the rows, by path: None where it differs between batches; empty where unknown."""
 
     def end_pass(self) -> None:
         """A pass was read whole, and its length was known before. Not called where steps are given to a fit."""
@@ -75,6 +78,16 @@ class Batches:
 
     def batches(self) -> Iterable[Tree]:
         return self.content
+
+    def shapes(self) -> Shapes:
+        every = [dict(leaves(batch)) for batch in self.content]
+        return {
+            path: tuple(
+                sizes[0] if len(set(sizes)) == 1 else None
+                for sizes in zip(*(batch[path].shape[1:] for batch in every if path in batch), strict=False)
+            )
+            for path in every[0]
+        }
 
     def end_pass(self) -> None: ...
 
@@ -145,6 +158,7 @@ class StreamLoader:
         self.num_batches = source.num_batches
         if self.num_batches == 0:
             raise DataError(f"{name} has no batches; check what it was made from")
+        self._shapes = source.shapes()
         self._gather = gather
         self._purpose = purpose
         self._steps = steps
@@ -386,7 +400,8 @@ class StreamLoader:
             alike = list(group)
             data = _stack([batch.data for batch in alike])
             first = alike[0]
-            yield Chunk(step, len(alike), self._convert(data), first.share, first.whole, first.global_rows)
+            rows = first.global_rows
+            yield Chunk(step, len(alike), self._convert(data), first.share, first.whole, rows, self._shapes)
             step += len(alike)
 
     def _empty(self, position: Position) -> DataError:
