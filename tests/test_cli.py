@@ -189,6 +189,34 @@ def test_predict_writes_a_row_for_every_row_and_overwrites_only_when_told(
     assert not list(place.here.glob(".predictions*"))
 
 
+def test_export_writes_what_plain_keras_and_tensorflow_serve(place: Place, summary: dict[str, Any]) -> None:
+    rows = np.random.default_rng(0).random((61, 4))
+    labels = (rows.sum(axis=1) * 7).astype(int)[50:] % 3
+    for command in (["--output", "digits.keras"], ["--format", "saved_model", "--output", "served"]):
+        path = os.path.relpath(place.model, place.here)
+        exported = subprocess.run(
+            [DTRAIN, "export", f"{path}:make", *SETTINGS, "--run-name", "first", *command],
+            cwd=place.here,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert exported.returncode == 0, exported.stderr
+        assert exported.stdout == f"model:      {command[-1]}\n"
+    script = """
+import keras, numpy, sys, tensorflow as tf
+rows = numpy.load(sys.argv[1])
+model = keras.models.load_model("digits.keras")
+assert model.optimizer.iterations == 8
+numpy.save(sys.argv[1], [model.predict(rows, verbose=0), tf.saved_model.load("served").serve(rows).numpy()])
+"""
+    np.save(place.here / "rows.npy", rows[50:].astype("float32"))
+    subprocess.run([sys.executable, "-c", script, "rows.npy"], cwd=place.here, timeout=PATIENCE, check=True)
+    for predictions in np.load(place.here / "rows.npy"):
+        assert (predictions.argmax(axis=1) == labels).mean() == pytest.approx(summary["metrics"]["val_accuracy"])
+
+
 def test_a_factory_that_raises_shows_its_own_traceback_first(place: Place) -> None:
     done = place.run("fit", "broken", "--no-tracking", "--no-checkpoint")
     assert done.returncode == 1

@@ -10,9 +10,11 @@ import keras
 import models
 import numpy as np
 import pytest
+import tensorflow as tf
 from models import blobs, make_classifier, make_two_headed, make_witnessed
 
 import dtrain
+from dtrain.errors import ConfigError
 
 cloudpickle.register_pickle_by_value(models)  # the workers do not have the tests' folder on their path
 
@@ -158,6 +160,24 @@ def test_saved_models_are_plain_keras(trainer: dtrain.Trainer, tmp_path: Path) -
     loaded.save_weights(weights)
     trainer.load_weights(weights)
     assert close(trainer.predict(x, verbose=0), loaded.predict(x, verbose=0))
+
+
+def test_a_model_that_learns_its_shapes_is_built_and_exported_without_workers(tmp_path: Path) -> None:
+    def unbuilt() -> keras.Model:
+        keras.utils.set_random_seed(3)
+        model = keras.Sequential([keras.layers.Dense(4, "relu"), keras.layers.Dense(2)])
+        model.compile("sgd", "mse")
+        return model
+
+    x, _ = blobs(8)
+    with dtrain.Trainer(unbuilt, **QUIET) as trainer:
+        with pytest.raises(ConfigError, match=r"has seen none: call trainer\.build\(x\)"):
+            trainer.export(tmp_path / "served")
+        trainer.build(x)
+        trainer.export(tmp_path / "served")
+        assert trainer.workers == ()
+        served = tf.saved_model.load(str(tmp_path / "served"))
+        assert close(served.serve(x.astype("float32")).numpy(), trainer.model.predict(x, verbose=0))
 
 
 def test_rank_zero_prints_above_the_bar(trainer: dtrain.Trainer, capsys: pytest.CaptureFixture[str]) -> None:
