@@ -116,7 +116,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(table.full(rows))
     if config.stash.get(LEFT_OUT, 0):
         terminalreporter.write_line(
-            "left out: most features at N=2 in float64 and at N=3 in float32; --exactness-full compares them, too"
+            "left out: most features at N=2 and in float32; --exactness-full compares them, too"
         )
     path = config.getoption("--exactness-table", default=None)
     if path:
