@@ -1,7 +1,8 @@
 """Owns which callbacks run where, and that what they decide holds on every rank.
 
 Keras's deciding callbacks run on every rank, with the same logs. Those that write, and all that runs the user's code,
-run on rank 0 alone; what such a hook does to `stop_training`, the optimizers or the weights is broadcast after it.
+run on rank 0 alone; what such a hook does to `stop_training`, the optimizers, the weights or which layers are trained
+is broadcast after it.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,15 @@ from typing import Any, TypeVar
 import keras
 
 from dtrain.collective import Collective
-from dtrain.keras_internals import is_default, profiles, recorded_assignments, seed_generators_of
+from dtrain.errors import ConfigError
+from dtrain.keras_internals import (
+    is_default,
+    layers_of,
+    profiles,
+    recorded_assignments,
+    schedule_of,
+    seed_generators_of,
+)
 from dtrain.model import optimizers_of
 from dtrain.types import Logs
 
@@ -56,6 +65,7 @@ class RankCallbacks:
         own = [c for c in callbacks if collective.rank == 0 or runs_on_every_rank(c)]
         self._list = keras.callbacks.CallbackList(own, add_history, model=model, **params)
         self._given = callbacks
+        self._has_other_schedule = False
         self._with_batches = {
             kind: any(_looks_at_batches(callback, kind) for callback in callbacks)
             for kind in ("train", "test", "predict")
@@ -67,8 +77,11 @@ class RankCallbacks:
 
     def __call__(self, hook: str, *args: Any, logs: Logs | None = None) -> None:
         """Call `hook` of every callback that runs here; afterwards its effects hold on all ranks."""
+        schedules = _schedules_of(self._model)
         with recorded_assignments() as assigned:
             getattr(self._list, hook)(*args, logs)
+        if _schedules_of(self._model) != schedules:
+            self._has_other_schedule = True
         if self._collective.world_size > 1 and self._only_first and self._may_differ(hook):
             self._agree(hook, assigned)
 
@@ -97,10 +110,19 @@ class RankCallbacks:
         variables = _variables_of(self._model)
         changed = [i for i, v in enumerate(variables) if any(v is other for other in assigned)]
         flags = {flag: bool(getattr(self._model, flag, False)) for flag in _FLAGS}
-        decision = {"flags": flags, "changed": changed}
+        frozen = [not layer.trainable for layer in layers_of(self._model)]
+        decision = {"flags": flags, "changed": changed, "frozen": frozen, "refused": self._has_other_schedule}
         decision = self._collective.broadcast_json(decision, f"{hook}.decision")
+        if decision["refused"]:
+            raise ConfigError(
+                f"a callback gave an optimizer a schedule in {hook}, on rank 0 alone; assign numbers, or let model_fn"
+                " make the optimizer with the schedule"
+            )
         for flag, value in decision["flags"].items():
             setattr(self._model, flag, value)
+        if decision["frozen"] != frozen:
+            for layer, value in zip(layers_of(self._model), decision["frozen"], strict=True):
+                layer.trainable = not value  # and of all in it, which come later
         values = [variables[i].numpy() for i in decision["changed"]]
         for index, value in zip(decision["changed"], self._collective.broadcast(values, f"{hook}.values"), strict=True):
             variables[index].assign(value)
@@ -126,6 +148,11 @@ def _variables_of(model: keras.Model) -> list[Any]:
     seeds = [generator.state for generator in seed_generators_of(model)]
     own = [variable for variable in model.variables if all(variable is not seed for seed in seeds)]
     return [*own, *(variable for optimizer in optimizers_of(model) for variable in optimizer.variables)]
+
+
+def _schedules_of(model: keras.Model) -> list[Any]:
+    """Of each optimizer the schedule of its learning rate, or None."""
+    return [schedule_of(optimizer) for optimizer in optimizers_of(model)]
 
 
 def _looks_at_batches(callback: keras.callbacks.Callback, kind: str) -> bool:

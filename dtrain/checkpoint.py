@@ -77,7 +77,7 @@ class Manifest:
         position: the next mini-batch to train on.
         world_size: ranks that trained it.
         seed: the run's.
-        model_digest: `structure_digest` of the model's variables.
+        model_digest: of the model's structure, as `ModelDescription.signature`.
         versions: of dtrain, Keras and so on, by name.
         metrics: the newest ones.
         best: the monitored metric, where it was the best of the run so far.
@@ -340,12 +340,6 @@ def read_manifest(url: str) -> Manifest:
         return _decode(raw, folder)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise _damaged(folder, f"{MANIFEST} cannot be understood ({error})") from error
-
-
-def structure_digest(variables: Mapping[str, tuple[tuple[int, ...], str]]) -> str:
-    """SHA-256 of names, shapes and dtypes: equal for models whose weights fit each other. Values: (shape, dtype)."""
-    listed = sorted([name, list(shape), dtype] for name, (shape, dtype) in variables.items())
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def _remove(folder: Folder) -> None:

@@ -73,15 +73,23 @@ class Checkpointer:
             self._best = saving.store.best() if saving.config.monitor is not None else None
             self._is_first = saving.store.latest() is None
         self._writing: _Writing | None = None
+        self._is_finishing = False
         self._is_failing = False
+        self._knows_metrics = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._writing is not None and self._saving is not None:
+        writing, saving = self._writing, self._saving
+        if writing is None or saving is None or (kind is not None and issubclass(kind, TakenOver)):
+            return
+        with suppress(Exception):  # what is all there is a checkpoint, whatever else went wrong
+            self.commit()
+        if self._writing is not None:
             with suppress(Exception):
-                self._saving.store.discard(self._writing.staging)
+                saving.before_commit()  # or what lies there may be another driver's
+                saving.store.discard(writing.staging)
 
     def write_first(self, step: int) -> None:
         """Make a checkpoint before the first step, where the run has none.
@@ -90,8 +98,7 @@ class Checkpointer:
         first steps are trained.
         """
         if self._is_first:
-            position: Position = self._group.call("snapshot", step, watch=self._watch)[0]
-            self.write(step, step, position, {})
+            self.take(step, {})
 
     def steps_until_due(self, step: int) -> int | None:
         """Mini-batches from `step` of the run to the next checkpoint that goes by steps; None: there is none."""
@@ -108,9 +115,13 @@ class Checkpointer:
         self.finish()
         if self.newest is not None and self.newest.step == step and not extra:
             return
+        self.take(step, metrics, **extra)
+        self.finish()
+
+    def take(self, step: int, metrics: Logs, **extra: Any) -> None:
+        """Have the workers copy the state as it is now, and write that while they train on."""
         position: Position = self._group.call("snapshot", step, watch=self._watch)[0]
         self.write(step, step, position, metrics, **extra)
-        self.finish()
 
     def write(self, key: int, step: int, position: Position, metrics: Logs, **extra: Any) -> None:
         """Have the workers write the snapshot that they keep under `key`; it is committed later.
@@ -131,8 +142,8 @@ class Checkpointer:
         self._writing = _Writing(staging, manifest, self._group.submit("write_snapshot", key, staging, beside="files"))
 
     def commit(self) -> None:
-        """Commit what is written by now; does not wait."""
-        if self._writing is not None and self._group.have_answered(self._writing.calls):
+        """Commit what is written by now; does not wait. Called wherever somebody waits for the workers."""
+        if self._writing is not None and not self._is_finishing and self._group.have_answered(self._writing.calls):
             self.finish()
 
     def finish(self) -> None:
@@ -144,15 +155,19 @@ class Checkpointer:
         writing, saving = self._writing, self._saving
         if writing is None or saving is None:
             return
-        written = self._group.wait(writing.calls, self._watch)
+        self._is_finishing = True
+        try:
+            written = self._group.wait(writing.calls, self._watch)
+        finally:
+            self._is_finishing = False
         self._writing = None
         try:
             self._commit(saving, writing, written)
+        except TakenOver:  # what lies there may be the other driver's by now
+            raise
         except CheckpointError as error:
             with suppress(CheckpointError):
                 saving.store.discard(writing.staging)
-            if isinstance(error, TakenOver):
-                raise
             self._has_failed(error)
             return
         try:
@@ -169,7 +184,10 @@ class Checkpointer:
                 raise part
             files += part
         metrics = writing.manifest.metrics
-        is_best = is_better(saving.config, metrics, self._best[0] if self._best else None)
+        # Within an epoch metrics are of the rows so far: they do not compare.
+        ends_epoch = writing.manifest.position.step == 0
+        is_best = ends_epoch and is_better(saving.config, metrics, self._best[0] if self._best else None)
+        self._check_monitor(saving.config.monitor, metrics if ends_epoch else {})
         best = float(metrics[saving.config.monitor or ""]) if is_best else None
         extra = {**writing.manifest.extra, **saving.before_commit()}
         manifest = replace(writing.manifest, files=tuple(files), best=best, extra=extra)
@@ -179,6 +197,16 @@ class Checkpointer:
         if self._is_failing:
             log.warning("checkpoints can be written again: %s", self.newest.url)
         self._is_failing = False
+
+    def _check_monitor(self, monitor: str | None, metrics: Mapping[str, float]) -> None:
+        """Say once, when the metrics are known, that there is none of that name."""
+        if monitor is not None and metrics and not self._knows_metrics and monitor not in metrics:
+            log.warning(
+                "CheckpointConfig(monitor=%r): no best checkpoint is kept, since the metrics are %s",
+                monitor,
+                ", ".join(sorted(metrics)),
+            )
+        self._knows_metrics |= bool(metrics)
 
     def _has_failed(self, error: CheckpointError) -> None:
         kept = self.newest.url if self.newest else "none yet"

@@ -52,7 +52,9 @@ class CheckpointConfig:
         for name, value in (("every_epochs", self.every_epochs), ("every_steps", self.every_steps)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name}={value!r} must be a whole number, 1 or more, or None")
-        if self.keep < 1:
-            raise ConfigError(f"keep={self.keep!r} must be 1 or more: the newest checkpoint is always kept")
+        if not isinstance(self.keep, int) or isinstance(self.keep, bool) or self.keep < 1:
+            raise ConfigError(f"keep={self.keep!r} must be 1 or more, and whole: the newest checkpoint is always kept")
+        if self.monitor is not None and not isinstance(self.monitor, str):
+            raise ConfigError(f"monitor={self.monitor!r} must be the name of a metric, such as 'val_loss', or None")
         if self.mode not in ("auto", "min", "max"):
             raise ConfigError(f"mode={self.mode!r} must be 'auto', 'min' or 'max'")

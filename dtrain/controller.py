@@ -44,14 +44,12 @@ class FitRecord:
     """What a fit has come to so far."""
 
     steps: int = 0
-    rows: int = 0
     steps_per_epoch: int | None = None  # found out by reading, where nobody knew it before
     position: Position = field(default_factory=lambda: Position(0, 0))
     logs: Logs = field(default_factory=dict)
     stopped: bool = False  # by a callback
     history: dict[str, list[float]] = field(default_factory=dict)
     epochs: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
     callback_states: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: Checkpoint | None = None
 
@@ -75,6 +73,7 @@ class Controller:
         self._rate: float | None = None
         self._shown = ("train", 0)
         self._newest: SegmentResult | None = None
+        self._checkpointer: Checkpointer | None = None
 
     def fit(
         self,
@@ -104,25 +103,42 @@ class Controller:
             record.position, record.steps = saved.position, saved.step
             record.logs, record.stopped = saved.metrics, saved.stopped
         is_finished = saved is not None and saved.finished
-        self._group.call("begin_fit", plan, callbacks, cluster.put(saved), watch=self._watch)
+        rates = self._group.call("begin_fit", plan, callbacks, cluster.put(saved), watch=self._watch)
+        if saved is not None:
+            self._tell_other_rate(rates[0])
         del saved  # the workers have it, and it may be large
-        with Checkpointer(self._group, saving, self._watch) as checkpointer:
-            first = record.steps
-            if plan.epochs > record.position.epoch:
-                checkpointer.write_first(record.steps)
+        checkpointer = self._checkpointer = Checkpointer(self._group, saving, self._watch)
+        try:
             # What makes no checkpoints has nothing to end in order.
-            with self._interrupts.graceful() if saving is not None else nullcontext():
+            with checkpointer, self._interrupts.graceful() if saving is not None else nullcontext():
+                first = record.steps
+                if plan.epochs > record.position.epoch:
+                    checkpointer.write_first(first)
                 self._run_epochs(plan, steps, record, checkpointer)
                 if self._interrupts.requested:
                     self._display.status("interrupted: writing a checkpoint")
                     self._save(checkpointer, record)
-            self._interrupts.check()
-            finished = self._group.call("end_fit", watch=self._watch)
-            self._watch(True)
-            record.history, record.callback_states = finished[0]
-            # The end of a fit restores the best weights, or takes their averages: what is finished is saved, too.
-            if record.steps > first or (plan.epochs > plan.initial_epoch and not is_finished):
-                self._save(checkpointer, record, finished=True)
+                else:
+                    has_news = record.steps > first or (plan.epochs > plan.initial_epoch and not is_finished)
+                    self._finish(checkpointer, record, has_news)
+        finally:
+            record.checkpoint = checkpointer.newest or record.checkpoint
+            self._checkpointer = None
+        self._interrupts.check()
+
+    def _finish(self, checkpointer: Checkpointer, record: FitRecord, has_news: bool) -> None:
+        """End the fit on the workers, which restores the best weights, or takes their averages: that is saved, too."""
+        finished = self._group.call("end_fit", watch=self._watch)
+        self._watch(True)
+        record.history, record.callback_states = finished[0]
+        if has_news:
+            self._save(checkpointer, record, finished=True)
+
+    def _tell_other_rate(self, rate: float | None) -> None:
+        """That of a checkpoint holds, and who has changed it in the factory should know."""
+        own = self._group.description.learning_rate if self._group.description is not None else None
+        if rate is not None and own is not None and rate != own:
+            self._display.print(f"the learning rate is {rate:g}, as in the checkpoint; model_fn's is {own:g}")
 
     def run_pass(self, task: str, plan: BatchPlan | Batching, callbacks: bytes) -> list[Any]:
         """Run `evaluate` or `predict` on all workers, which have opened the data; what each returned."""
@@ -144,8 +160,7 @@ class Controller:
             self._run_epoch(num_steps, record, checkpointer)
             has_ended, is_last = record.position.epoch > epoch, record.position.epoch >= plan.epochs
             if has_ended and not is_last and not record.stopped and checkpointer.is_due(epoch, record.steps):
-                position = self._group.call("snapshot", record.steps, watch=self._watch)[0]
-                checkpointer.write(record.steps, record.steps, position, record.logs)
+                checkpointer.take(record.steps, record.logs)
 
     def _run_epoch(self, num_steps: int | None, record: FitRecord, checkpointer: Checkpointer) -> None:
         """Send the epoch's segments, one ahead of the one that runs, and take in what comes back.
@@ -182,8 +197,6 @@ class Controller:
                 result = self._take_in(item, answer, record)
             else:
                 checkpointer.write(item, record.steps, answer, record.logs)
-            checkpointer.commit()
-            record.checkpoint = checkpointer.newest or record.checkpoint
         for _, calls in sent:  # sent before a callback or the data ended the epoch: the workers pass over it
             self._group.wait(calls, self._watch)
         if result.epoch_end:
@@ -197,7 +210,6 @@ class Controller:
         if record.stopped:
             extra["stopped"] = True
         checkpointer.save(record.steps, record.logs, **extra)
-        record.checkpoint = checkpointer.newest or record.checkpoint
 
     def _next_segment(self, position: Position, remaining: int | None, due: int | None) -> Segment:
         """`due`: steps to the next checkpoint, which no segment reaches over."""
@@ -213,7 +225,6 @@ class Controller:
             rate = self._rate = result.rows / result.seconds if result.seconds else None
         record.steps += result.num_steps
         self._tracker.log_steps(record.steps - _length(result.step_logs), result.step_logs, result.seconds)
-        record.rows += result.rows
         record.position, record.stopped = result.position, result.stop
         record.logs = result.epoch_end.logs if result.epoch_end is not None else result.logs
         if rate is not None:
@@ -226,12 +237,13 @@ class Controller:
 
     def _end_epoch(self, end: EpochEnd, seconds: float, record: FitRecord) -> None:
         record.epochs.append(end.epoch)
-        record.seconds.append(seconds)
         self._tracker.log(record.steps - 1, {**end.logs, "epoch_seconds": seconds})
         self._display.end_epoch(end.epoch, end.logs, seconds)
 
     def _watch(self, is_last: bool = False) -> None:
         """Show how far rank 0 is and what it printed; the last time all of it, after an answer that was late."""
+        if self._checkpointer is not None:
+            self._checkpointer.commit()
         if self._interrupts.requested:
             self._display.status("stopping when the steps that were sent are done; another Ctrl-C stops at once")
         for _ in range(2 if is_last else 1):

@@ -16,7 +16,7 @@ from dtrain.checkpointer import Saving
 from dtrain.controller import Controller, FitRecord
 from dtrain.data.source import keras_batch
 from dtrain.description import describe_run, versions
-from dtrain.errors import TakenOver
+from dtrain.errors import ConfigError, TakenOver
 from dtrain.fit_state import SavedFit, history_of, read
 from dtrain.history import History
 from dtrain.lease import Lease
@@ -102,6 +102,13 @@ class FitRun:
         self._loaded, self._passed_over = find(resume, self._folder)
         if self._loaded is None:
             return
+        newest = self._folder.checkpoints.latest() if self._folder is not None and self._goes_on else None
+        if resume != AUTO and newest is not None and newest != self._loaded.checkpoint:
+            raise ConfigError(
+                f"resume={resume!r} is not the newest checkpoint of run_name={self._name!r}, {newest.url}: going on"
+                " from it would do away with what was trained since; give another run_name to begin a run of its own"
+                " from there"
+            )
         self._saved = read(self._loaded)
         self._loaded = dataclasses.replace(self._loaded, tensors={})  # they are in `_saved` until the workers have them
         self._record.steps, self._record.position = self._saved.step, self._saved.position
@@ -225,7 +232,7 @@ class FitRun:
 
     def _versions(self) -> dict[str, str]:
         """What the bits of the result hang on, besides what the user has passed."""
-        return {**versions(), **self._trainer.machine()}
+        return {**versions(), **self._trainer.machine(), **self._trainer.circumstances()}
 
     def _tell_ray(self, run_id: str) -> None:
         cluster.add_job_metadata({"dtrain_run": self._name, "mlflow_run_id": run_id})

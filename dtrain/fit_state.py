@@ -11,7 +11,7 @@ When a checkpoint is made is decided in controller.py; what is in the arrays is 
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from dtrain.callback_checkpoint import CallbackState
@@ -51,7 +51,6 @@ class SavedFit:
     """A fit to go on with, as a checkpoint has it.
 
     Attributes:
-        url: the checkpoint's.
         position: the next mini-batch to train on.
         step: mini-batches trained since the run began.
         state: the variables of model and optimizers, by name.
@@ -63,7 +62,6 @@ class SavedFit:
         finished: the fit was over, its averages or best weights in place.
     """
 
-    url: str
     position: Position
     step: int
     state: Mapping[str, Array]
@@ -86,11 +84,11 @@ def write(snapshot: Snapshot, staging: Staging, rank: int) -> tuple[FileRecord, 
         records.append(staging.write_tensors(MODEL_FILE, snapshot.state))
         arrays: dict[str, Array] = {}
         logs = pack(snapshot.logs, "logs", arrays)
-        states = [None if state is None else asdict(state) for state in snapshot.callbacks]
         named = {f"logs/{key}": array for key, array in arrays.items()}
-        for number, state in enumerate(states):
-            if state is not None:
-                named.update((f"{number}/{key}", array) for key, array in state.pop("arrays").items())
+        states = []
+        for number, state in enumerate(snapshot.callbacks):
+            states.append(None if state is None else {"kind": state.kind, "values": state.values})
+            named.update((f"{number}/{key}", array) for key, array in (state.arrays if state else {}).items())
         records.append(staging.write_json(f"{FIT}.json", {"callbacks": states, "logs": logs}))
         records.append(staging.write_tensors(f"{FIT}.safetensors", named))
     return tuple(records)
@@ -113,8 +111,8 @@ def read(loaded: LoadedCheckpoint) -> SavedFit:
             None if state is None else CallbackState(**state, arrays=arrays[str(number)])
             for number, state in enumerate(fit["callbacks"])
         ]
+        history_of(callbacks)
         return SavedFit(
-            loaded.checkpoint.url,
             manifest.position,
             manifest.step,
             dict(sorted(tensors[MODEL_FILE].items())),
@@ -125,21 +123,28 @@ def read(loaded: LoadedCheckpoint) -> SavedFit:
             bool(manifest.extra.get("stopped")),
             bool(manifest.extra.get("finished")),
         )
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{loaded.checkpoint.url} is whole, but is not of a fit ({error!r}); Trainer.restore takes over its weights"
         ) from error
 
 
 def state_of(loaded: LoadedCheckpoint) -> dict[str, Array]:
-    """The variables of model and optimizers; what each rank has accumulated of a gradient is added up."""
-    state = dict(sorted(loaded.tensors[MODEL_FILE].items()))
-    names = {ACCUMULATED + place_of(name): name for name in state}
-    for rank in range(1, loaded.manifest.world_size):
-        for place, array in loaded.tensors.get(_rank_file(rank), {}).items():
-            if place.startswith(ACCUMULATED):
-                state[names[place]] = state[names[place]] + array
-    return state
+    """The variables of model and optimizers; what each rank has accumulated of a gradient is added up.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    try:
+        state = dict(sorted(loaded.tensors[MODEL_FILE].items()))
+        names = {ACCUMULATED + place_of(name): name for name in state}
+        for rank in range(1, loaded.manifest.world_size):
+            for place, array in loaded.tensors.get(_rank_file(rank), {}).items():
+                if place.startswith(ACCUMULATED):
+                    state[names[place]] = state[names[place]] + array
+        return state
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{loaded.checkpoint.url} is whole, but has no state of a model ({error!r})") from error
 
 
 def place_of(name: str) -> str:
@@ -150,7 +155,8 @@ def place_of(name: str) -> str:
 def history_of(callbacks: CallbackStates) -> tuple[dict[str, list[Any]], list[int]]:
     """Keras's history, and the numbers of its epochs."""
     state = callbacks[0]
-    assert state is not None
+    if state is None:
+        raise ValueError("no history")
     history, epochs = (unpack(state.values["attributes"][name], state.arrays) for name in ("history", "epoch"))
     return history, epochs
 

@@ -45,6 +45,7 @@ __all__ = [
     "loss_module",
     "profiles",
     "recorded_assignments",
+    "schedule_of",
     "seed_generators_of",
     "set_keras_mask",
     "unpack_x_y_sample_weight",
@@ -109,6 +110,12 @@ def accumulators_of(optimizer: keras.optimizers.Optimizer, variables: Any = None
     if variables is None:
         return list(optimizer._accumulated_gradients)
     return [optimizer._accumulated_gradients[optimizer._get_variable_index(variable)] for variable in variables]
+
+
+def schedule_of(optimizer: keras.optimizers.Optimizer) -> Any:
+    """What computes an optimizer's learning rate from its iterations; None where it is a number."""
+    rate = getattr(optimizer, "_learning_rate", None)
+    return rate if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule) else None
 
 
 def is_update_step(optimizer: keras.optimizers.Optimizer) -> Any:
@@ -208,11 +215,17 @@ class KerasInput:
             if _was_raised_by_keras(error):
                 raise DataError(str(error)) from error
             raise
-        # Whenever the data are made anew: to look at batches may draw random numbers, as it does in Keras.
-        spec = self._adapter.get_tf_dataset().element_spec
+        self._shapes = self._find_shapes()
+
+    def _find_shapes(self) -> Shapes:
+        """Whenever the data are made anew: to look at batches may draw random numbers, as it does in Keras."""
+        try:
+            spec = self._adapter.get_tf_dataset().element_spec
+        except (TypeError, ValueError):  # of what is no batch; who reads it says so with its place
+            return {}
         parts = spec if isinstance(spec, (tuple, list)) else (spec,)
         found = ((path, getattr(leaf, "shape", None)) for path, leaf in leaves(parts))
-        self._shapes = {path: tuple(shape[1:]) for path, shape in found if shape is not None and shape.rank}
+        return {path: tuple(shape[1:]) for path, shape in found if shape is not None and shape.rank}
 
 
 def _spec_of(data: Any) -> Any:

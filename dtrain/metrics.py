@@ -65,13 +65,18 @@ class MetricState:
     def __init__(self, model: keras.Model) -> None:
         self._model = model
         self.variables: list[Any] = []
-        for metric in model.metrics:
+        self.records_steps = True
+        self.take_up()
+        self._names: dict[Any, list[str]] = {}
+        self._results = tf.function(self._results_of, autograph=False, reduce_retracing=True)
+
+    def take_up(self) -> None:
+        """Take up variables that are new: some metrics make theirs in their first update."""
+        for metric in self._model.metrics:
             for variable in metric.variables:
                 if all(variable is not known for known in self.variables):
                     self.variables.append(variable)
         self.records_steps = sum(int(np.prod(v.shape)) for v in self.variables) <= RECORDED_ELEMENTS
-        self._names: dict[Any, list[str]] = {}
-        self._results = tf.function(self._results_of, autograph=False, reduce_retracing=True)
 
     def read(self) -> list[tf.Tensor]:
         """The variables' values now; works while tracing."""

@@ -19,6 +19,7 @@ from dtrain.keras_internals import (
     build_from_inputs,
     global_seed_generator,
     layers_of,
+    schedule_of,
     seed_generators_of,
 )
 from dtrain.types import Array, ModelDescription, Tree
@@ -119,9 +120,17 @@ def has_own_loss(model: keras.Model) -> bool:
     steps = ("train_step", "compute_loss")
     if any(getattr(type(model), step) is not getattr(keras.Model, step) for step in steps):
         return True
-    losses = [loss for loss in keras.tree.flatten(model.loss) if loss is not None and not isinstance(loss, str)]
-    functions = [getattr(loss, "fn", loss) for loss in losses]
-    return not all(str(function.__module__).partition(".")[0] == "keras" for function in functions)
+    return not all(_is_keras_s(loss) for loss in keras.tree.flatten(model.loss) if loss is not None)
+
+
+def _is_keras_s(loss: Any) -> bool:
+    if isinstance(loss, str):
+        try:
+            loss = keras.losses.get(loss)
+        except ValueError:  # known by a name of the user's
+            return False
+    parts = [loss, *([loss.fn] if hasattr(loss, "fn") else [])]
+    return all(str(part.__module__).partition(".")[0] == "keras" for part in parts)
 
 
 def describe(model: keras.Model) -> ModelDescription:
@@ -177,6 +186,20 @@ def learning_rate(model: keras.Model) -> float | None:
         return None
 
 
+def constant_rate(model: keras.Model) -> float | None:
+    """The learning rate now, where no schedule computes it."""
+    return None if schedule_of(model.optimizer) is not None else learning_rate(model)
+
+
+def check_state(model: keras.Model, state: Mapping[str, Array]) -> None:
+    """Refuse a state that `write_state` would refuse.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
+    _places(model, state)
+
+
 def named_variables(model: keras.Model) -> dict[str, Any]:
     """Every variable that training changes, metrics left out, by a name that is unique and the same everywhere.
 
@@ -218,6 +241,14 @@ def write_state(model: keras.Model, state: Mapping[str, Array]) -> State:
     Raises:
         CheckpointError: the state is of another model; nothing was assigned.
     """
+    places, waiting = _places(model, state)
+    for variable, value in places:
+        variable.assign(value)
+    return waiting
+
+
+def _places(model: keras.Model, state: Mapping[str, Array]) -> tuple[list[tuple[Any, Array]], State]:
+    """Each variable with its value, and what is to wait for variables that are not built yet."""
     unbuilt = {_optimizer_group(number) for number, o in enumerate(optimizers_of(model)) if not o.built}
     waiting, state = pick(state, unbuilt), leave_out(state, unbuilt)
     groups = {_group(name) for name in state}
@@ -233,9 +264,8 @@ def write_state(model: keras.Model, state: Mapping[str, Array]) -> State:
         raise CheckpointError(
             f"the state has {len(state)} variables, this model {len(variables)}; it is of another model or optimizer"
         )
-    for variable, (_, value) in zip(variables.values(), sorted(state.items()), strict=True):
-        variable.assign(value)
-    return waiting
+    values = (value for _, value in sorted(state.items()))
+    return list(zip(variables.values(), values, strict=True)), waiting
 
 
 def pick(state: Mapping[str, Array], groups: Collection[str]) -> State:

@@ -92,7 +92,10 @@ def _patched(optimizer: keras.optimizers.Optimizer, index: int, reduction: Reduc
 
     def scale_loss(loss: Any) -> Any:
         reduction.scaled[index] = True
-        return plain_scale_loss(loss) * tf.cast(reduction.share, loss.dtype)
+        loss = plain_scale_loss(loss)
+        # Of a loss with reduction="none" the gradient is a sum over rows, which no share is to be taken of.
+        is_mean = reduction.whole or not loss.shape.rank
+        return loss * tf.cast(reduction.share, loss.dtype) if is_mean else loss
 
     def apply(grads: Any, trainable_variables: Any = None) -> Any:
         grads, trainable_variables = list(grads), None if trainable_variables is None else list(trainable_variables)

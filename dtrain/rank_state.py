@@ -45,8 +45,25 @@ def write_own(
     Raises:
         CheckpointError: it is of another model or of other metrics; nothing was changed.
     """
-    rank = collective.rank
-    kinds = ("metric/", ACCUMULATED) if in_epoch else (ACCUMULATED,)
+    check_own(model, metrics, every, in_epoch)
+    rank, kinds = collective.rank, _kinds(in_epoch)
+    variables = {name: v for name, v in _variables(model, metrics).items() if name.startswith(kinds)}
+    same_ranks = len(every) == collective.world_size
+    for name, variable in variables.items():
+        values = [own[name] for own in every]
+        aggregation = variable.aggregation if name.startswith("metric") else "sum"
+        variable.assign(values[rank] if same_ranks else _joined(values, aggregation, rank))
+    if same_ranks:
+        _seed(every[rank])
+
+
+def check_own(model: keras.Model, metrics: MetricState, every: Sequence[Own], in_epoch: bool) -> None:
+    """Refuse what `write_own` would refuse.
+
+    Raises:
+        CheckpointError: it is of another model or of other metrics.
+    """
+    kinds = _kinds(in_epoch)
     variables = {name: v for name, v in _variables(model, metrics).items() if name.startswith(kinds)}
     for name in sorted(variables.keys() | {name for name in every[0] if name.startswith(kinds)}):
         known, saved = variables.get(name), every[0].get(name)
@@ -55,13 +72,10 @@ def write_own(
                 f"the checkpoint is of another model: it has {_form(saved)} for {name}, this model has {_form(known)}."
                 " In the middle of an epoch the metrics and gradient_accumulation_steps must be what they were"
             )
-    same_ranks = len(every) == collective.world_size
-    for name, variable in variables.items():
-        values = [own[name] for own in every]
-        aggregation = variable.aggregation if name.startswith("metric") else "sum"
-        variable.assign(values[rank] if same_ranks else _joined(values, aggregation, rank))
-    if same_ranks:
-        _seed(every[rank])
+
+
+def _kinds(in_epoch: bool) -> tuple[str, ...]:
+    return ("metric/", ACCUMULATED) if in_epoch else (ACCUMULATED,)
 
 
 def _variables(model: keras.Model, metrics: MetricState) -> dict[str, Any]:

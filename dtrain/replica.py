@@ -21,9 +21,9 @@ from dtrain.data.checks import check_batch
 from dtrain.data.given import Given
 from dtrain.data.loader import Chunk, Feed, Loader
 from dtrain.data.sampler import even_split, shard
-from dtrain.data.source import ArraySource, Rows, keras_batch, leaves, map_tree
+from dtrain.data.source import ArraySource, Rows, common_shapes, keras_batch, leaves, map_tree, shapes_of
 from dtrain.data.stream import StreamLoader
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, DataError
 from dtrain.feeds import OpenFeed, open_feed, to_tensors
 from dtrain.fit_state import SavedFit, Snapshot
 from dtrain.metrics import MetricState, sum_in_rank_order
@@ -31,6 +31,7 @@ from dtrain.model import (
     State,
     build,
     build_variables,
+    check_state,
     describe,
     has_own_loss,
     label_rules,
@@ -41,7 +42,7 @@ from dtrain.model import (
     write_state,
 )
 from dtrain.optimizer import collect_accumulated, drop_accumulated
-from dtrain.rank_state import read_own, write_own
+from dtrain.rank_state import check_own, read_own, write_own
 from dtrain.step import Kind, Steps, concatenate
 from dtrain.types import (
     Array,
@@ -108,6 +109,8 @@ class Replica:
         self._waiting: State = {}  # of optimizers that train_step has yet to build
         self._steps: dict[Kind, Steps] = {}
         self._predict_function: Any = None
+        self._shapes_on_batch: dict[str, tuple[int | None, ...]] = {}
+        """Of the data of single steps so far, by path, without the rows; None: more than one size."""
         self._fit: _Fit | None = None
         self._fitted: tuple[Position, RankCallbacks, Logs] | None = None
         """Where the fit that is in progress, or the last one, stands, its callbacks, and the newest logs."""
@@ -243,7 +246,9 @@ class Replica:
         )
 
     def _prepare(self, saved: SavedFit, ranked: RankCallbacks) -> SavedFit:
-        """Find each callback's state, and get ready what `on_train_begin` would otherwise begin anew."""
+        """Check it, find each callback's state, and get ready what `on_train_begin` would otherwise begin anew."""
+        check_state(self.model, saved.state)
+        check_own(self.model, self._metrics, saved.own, in_epoch=saved.position.step > 0)
         states, notes = matched(ranked.with_state(), saved.callbacks)
         if self.collective.rank == 0:
             prepare_resume(ranked.with_state(), states)
@@ -256,6 +261,9 @@ class Replica:
         fit.logs = dict(saved.logs)
         if saved.position.step == 0:
             fit.epoch_logs = dict(saved.logs)
+        if isinstance(fit.validation, StreamLoader):
+            done = range(fit.plan.initial_epoch, saved.position.epoch)
+            fit.validation.skip_passes(sum(_is_due(fit.plan.validation_freq, epoch) for epoch in done))
         self.write_state(dict(saved.state))
         write_own(self.model, self._metrics, saved.own, self.collective, in_epoch=saved.position.step > 0)
 
@@ -440,9 +448,9 @@ class Replica:
         outputs, sizes = [], []
         for chunk in own.one_pass(1) if own is not None else ():
             call("on_predict_batch_begin", chunk.first_step)
-            output = self._predict_batch(tf.nest.map_structure(lambda leaf: leaf[0], chunk.data))
+            output = self._predict_batch(map_tree(lambda leaf: leaf[0], chunk.data))
             outputs.append(tf.nest.map_structure(lambda leaf: leaf.numpy(), output))
-            sizes.append(int(next(leaves(chunk.data))[1].shape[1]))
+            sizes.append(len(tf.nest.flatten(outputs[-1])[0]))
             call("on_predict_batch_end", chunk.first_step, logs={"outputs": outputs[-1]})
             self.progress = Progress("predict", 0, chunk.first_step + 1, feed.steps_per_epoch or 0)
             if chunk.whole and self.collective.rank > 0:  # rank 0 has them all
@@ -454,7 +462,7 @@ class Replica:
         self.progress = Progress("idle")
         if not outputs:
             return Predictions(None, (0,))
-        joined = tf.nest.map_structure(lambda *parts: np.concatenate(parts), *outputs)
+        joined = tf.nest.map_structure(_joined, *outputs)
         return Predictions(joined, tuple(sizes) if in_batches else (sum(sizes),))
 
     def _own_rows(self, loader: Loader, alone: bool) -> Loader | None:
@@ -476,7 +484,9 @@ class Replica:
         part = shard(len(batch), self.collective.world_size, self.collective.rank)
         rows = batch.read(np.arange(len(batch), dtype=np.int64)[part.rows])
         data = to_tensors(map_tree(lambda leaf: leaf[None], rows))
-        state, own = self._call(kind, Chunk(0, 1, data, part.share, part.whole, len(batch)))
+        self._shapes_on_batch = common_shapes([self._shapes_on_batch, shapes_of(rows)])
+        chunk = Chunk(0, 1, data, part.share, part.whole, len(batch), self._shapes_on_batch)
+        state, own = self._call(kind, chunk)
         return _last(self._global_logs(kind, [state], [own], "batch"))
 
     def _evaluate(self, feed: Feed, callbacks: RankCallbacks, batch_bytes: int) -> Logs:
@@ -556,6 +566,17 @@ class Replica:
         if self.collective.rank > 0:
             drop_accumulated(self.model)
         spread_seeds(self.model, self.collective.rank)
+
+
+def _joined(*parts: Array) -> Array:
+    shapes = {part.shape[1:] for part in parts}
+    if len(shapes) > 1:
+        found = " and ".join(map(str, sorted(shapes)[:2]))
+        raise DataError(
+            f"predictions of different mini-batches have shapes that cannot be put into one array, {found} behind the"
+            " rows: pad all of them to one length, as with dataset.padded_batch(32, padded_shapes=[100])"
+        )
+    return np.concatenate(parts)
 
 
 class _BatchHooks:

@@ -32,7 +32,7 @@ def check_resume(resume: Any, run_name: str | None, makes_checkpoints: bool) -> 
     if resume == AUTO and run_name is None:
         raise ConfigError(
             'resume="auto" goes on with the run of a name, and this Trainer has none; pass Trainer(run_name=...), or'
-            " the URL of a checkpoint"
+            " --run-name, or the URL of a checkpoint"
         )
     if resume == AUTO and not makes_checkpoints:
         raise ConfigError('resume="auto" contradicts checkpoint=False: leave out one or the other')
@@ -101,7 +101,8 @@ def other_circumstances(manifest: Manifest, world_size: int, versions: Mapping[s
     found = []
     if manifest.world_size != world_size:
         found.append(f"num_workers {world_size} instead of {manifest.world_size}")
-    for name in ("tensorflow", "keras", "horovod", "numpy", "cpu", "threads"):
+    settings = ("deterministic", "sync_batch_norm", "sparse_as_dense", "floatx")
+    for name in ("tensorflow", "keras", "horovod", "numpy", "cpu", "threads", *settings):
         before, now = manifest.versions.get(name), versions.get(name)
         if before is not None and now is not None and before != now:
             found.append(f"{name} {now} instead of {before}")

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from dtrain.batch_norm import synchronized_moments
 from dtrain.collective import Collective
-from dtrain.data.source import keras_batch, leaves
+from dtrain.data.source import keras_batch, leaves, map_tree
 from dtrain.errors import ConfigError
 from dtrain.keras_internals import recorded_assignments, seed_generators_of
 from dtrain.losses import exact_losses
@@ -97,11 +97,12 @@ class Steps:
             The metric variables after each step, each of shape (K, ...), or (1, ...) where they are too large to be
             kept for every step; and what a custom step returned, times this rank's share, each of shape (K,).
         """
-        flat = tf.nest.flatten(data)
-        structure = tf.nest.map_structure(lambda _: 0, data)
-        paths = {id(tensor): path for path, tensor in leaves(data)}
-        trailing = [_known(tensor.shape[2:], (shapes or {}).get(paths[id(tensor)])) for tensor in flat]
-        specs = [tf.TensorSpec([None, None, *shape], t.dtype) for shape, t in zip(trailing, flat, strict=True)]
+        flat = [tensor for _, tensor in leaves(data)]
+        structure = map_tree(lambda _: 0, data)
+        specs = [
+            tf.TensorSpec([None, None, *_known(tensor.shape[2:], (shapes or {}).get(path))], tensor.dtype)
+            for path, tensor in leaves(data)
+        ]
         key = (whole, str(structure), *specs)
         function = self._functions.get(key)
         if function is None:
@@ -123,6 +124,9 @@ class Steps:
         return tf.function(run, input_signature=signature, autograph=False, jit_compile=False)
 
     def _run(self, flat: Sequence[tf.Tensor], structure: Tree, share: tf.Tensor, whole: bool) -> Any:
+        if self._collective.rank > 0:  # what draws by TensorFlow's own operations draws other numbers on each rank
+            graph = tf.compat.v1.get_default_graph()
+            graph.seed = ((graph.seed or 0) + self._collective.rank * 0x9E3779B9) % 2**31
         num_steps = tf.shape(flat[0])[0]
         keep_all = self._metrics.records_steps
         slots = num_steps if keep_all else 1
@@ -130,7 +134,7 @@ class Steps:
         logs = {key: tf.TensorArray(tf.float64, num_steps, element_shape=[]) for key in self.own_logs}
 
         def body(step: tf.Tensor, kept: list[Any], logs: dict[str, Any]) -> Any:
-            data = tf.nest.pack_sequence_as(structure, [tensor[step] for tensor in flat])
+            data = _packed(structure, [tensor[step] for tensor in flat])
             returned = flat_logs(self._one_step(keras_batch(data), share, whole))
             self._warn_of_unsaved_random_numbers()
             slot = step if keep_all else 0
@@ -162,7 +166,7 @@ class Steps:
         kept: list[list[tf.Tensor]] = []
         logs: list[dict[str, tf.Tensor]] = []
         for step in range(flat[0].shape[0]):
-            data = keras_batch(tf.nest.pack_sequence_as(structure, [tensor[step] for tensor in flat]))
+            data = keras_batch(_packed(structure, [tensor[step] for tensor in flat]))
             is_known = self.returned is not None or not self._is_custom
             take = self._one_step if is_known else self._first_step
             returned = flat_logs(take(data, share, whole))
@@ -174,7 +178,9 @@ class Steps:
         return states, {key: tf.stack([values[key] for values in logs]) for key in self.own_logs}
 
     def _one_step(self, data: Tree, share: tf.Tensor, whole: bool) -> dict[str, Any]:
-        step = self._model.train_step if self._kind == "train" else self._model.test_step
+        step = getattr(self._model, f"{self._kind}_step")
+        if hasattr(step, "python_function"):  # a tf.function: its trace may be of another step, not over ranks
+            step = tf.autograph.to_graph(step.python_function)
         if self._collective.world_size == 1:
             return dict(step(data))
         before = self._metrics.read()
@@ -232,10 +238,10 @@ class Steps:
             return False
 
         def trace(*tensors: tf.Tensor) -> None:
-            data = keras_batch(tf.nest.pack_sequence_as(batch, tensors))
+            data = keras_batch(_packed(batch, tensors))
             self._first_step(data, tf.constant(1.0, tf.float64), False)
 
-        specs = [tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype) for leaf in tf.nest.flatten(batch)]
+        specs = [tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype) for _, leaf in leaves(batch)]
         tf.function(trace, autograph=False).get_concrete_function(*specs)
         return True
 
@@ -243,6 +249,7 @@ class Steps:
         """A step, and find out what it returns: of which metric a value is, tells who made it, or else its name."""
         with recorded_assignments() as assigned, self._metrics.recorded_results() as results:
             logs = self._one_step(data, share, whole)
+        self._metrics.take_up()
         by_name = self._metrics.updated(assigned)
         self.returned = {
             name: next((source for found, source in results if found is value), by_name.get(name))
@@ -254,6 +261,12 @@ class Steps:
 def _known(found: tf.TensorShape, declared: Sequence[int | None] | None) -> tuple[int | None, ...]:
     """The shape to trace for: the declared one, where what was found is one of it."""
     return tuple(declared) if declared is not None and found.is_compatible_with(declared) else tuple(found)
+
+
+def _packed(structure: Tree, tensors: Sequence[tf.Tensor]) -> Tree:
+    """Tensors in the order of `leaves` in a structure's places; what is None there stays."""
+    left = iter(tensors)
+    return map_tree(lambda _: next(left), structure)
 
 
 def concatenate(parts: Sequence[Sequence[Array]]) -> list[Array]:

@@ -26,19 +26,19 @@ class Shardability:
     """How far one step on several workers is from the same step in one process.
 
     Attributes:
-        loss: relative difference of the loss.
+        logs: relative differences of the loss and of each metric, by name.
         weights: the largest difference of a weight after the step, relative to the largest change of a weight.
         exceptions: sentences on layers that are known not to compute the same (random numbers, BatchNormalization).
     """
 
-    loss: float
+    logs: Mapping[str, float]
     weights: float
     exceptions: tuple[str, ...]
 
     @property
     def exact(self) -> bool:
         """Whether both are the same but for rounding."""
-        return max(self.loss, self.weights) <= TOLERANCE
+        return max(self.weights, *self.logs.values()) <= TOLERANCE
 
 
 def check_shardable(
@@ -48,7 +48,7 @@ def check_shardable(
     num_workers: int = 2,
     config: Mapping[str, Any] | None = None,
 ) -> Shardability:
-    """Tell whether a model's own losses are means over rows, by training one step on several workers and on one.
+    """Tell whether a model's own losses are means over rows, and its metrics add up, in a step on some workers.
 
     What dtrain cannot see from outside shows here: a loss function, an `add_loss` or a `compute_loss` that sums over
     rows, or mixes them. Mark such a loss with `dtrain.whole_batch`. It takes as long as starting some workers.
@@ -85,9 +85,11 @@ def check_shardable(
     model.test_on_batch(x, y, sample_weight)
     model.set_weights(before)
     one = model.train_on_batch(x, y, sample_weight, return_dict=True)
-    loss = abs(many["loss"] - float(one["loss"])) / max(abs(float(one["loss"])), 1e-7)
+    logs = {
+        name: _largest([many[name]], [value]) / max(float(np.max(np.abs(value))), 1e-7) for name, value in one.items()
+    }
     change = max(_largest(model.get_weights(), before), 1e-7)
-    return Shardability(loss, _largest(model.get_weights(), after) / change, describe(model).exceptions)
+    return Shardability(logs, _largest(model.get_weights(), after) / change, describe(model).exceptions)
 
 
 def _largest(one: list[Any], other: list[Any]) -> float:

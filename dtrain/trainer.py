@@ -183,7 +183,7 @@ class Trainer:
 
         Raises:
             ConfigError, DataError: what was passed is wrong; no worker was started.
-            CheckpointError: what is to be gone on from is missing, damaged, or of another model or other data.
+            CheckpointError: what is to be gone on from is missing, damaged, or or of another model.
             WorkerError: a worker raised or died; carries its rank, host and traceback.
             KeyboardInterrupt: Ctrl-C; for SIGTERM `dtrain.interrupts.Terminated`, which is one.
         """
@@ -458,6 +458,15 @@ class Trainer:
         if self._group is None:
             return {}
         return {"cpu": self._group.workers[0].cpu, "threads": str(self._group.intra_threads)}
+
+    def circumstances(self) -> dict[str, str]:
+        """What else they hang on, of what the user has set."""
+        return {
+            "deterministic": str(self.deterministic),
+            "sync_batch_norm": str(self.sync_batch_norm),
+            "sparse_as_dense": str(self.sparse_as_dense),
+            "floatx": str(_keras_settings().get("floatx", "float32")),
+        }
 
     def keep_for_fall_back(self, checkpoint: str) -> None:
         """The newest checkpoint: what goes on from there if the workers are lost."""

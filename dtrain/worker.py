@@ -150,12 +150,19 @@ class Worker:
         return feed.opened(first, describe(self._replica.model) if is_new else None) if self._rank == 0 else None
 
     @_reported
-    def begin_fit(self, plan: FitPlan, callbacks: bytes, saved: Any = None) -> None:
-        """Get ready for segments; `saved`: a `fit_state.SavedFit` to go on with."""
+    def begin_fit(self, plan: FitPlan, callbacks: bytes, saved: Any = None) -> float | None:
+        """Get ready for segments; `saved`: a `fit_state.SavedFit` to go on with.
+
+        Returns:
+            The learning rate that the fit begins with; None where there is not one number.
+        """
+        from dtrain.model import constant_rate
+
         self._snapshots.clear()
         hooks = self._unpack(callbacks)
         train, validation = self._feeds.pop("train"), self._feeds.pop("validation", None)
         self._replica.begin_fit(plan, train, validation, hooks.callbacks, hooks.verbose, saved)
+        return constant_rate(self._replica.model)
 
     @_reported
     def run(self, segment: Segment) -> SegmentResult:
@@ -205,6 +212,8 @@ class Worker:
     @_reported
     def snapshot(self, key: int) -> Position:
         """Keep a copy of this rank's part of a checkpoint, until `write_snapshot` of that key. Where the fit stands."""
+        for old in sorted(self._snapshots)[:-1]:  # of checkpoints that came to nothing; the newest may yet be written
+            self._snapshots.pop(old, None)
         snapshot = self._snapshots[key] = self._replica.snapshot()
         position: Position = snapshot.position
         return position
@@ -215,7 +224,7 @@ class Worker:
         from dtrain import fit_state
 
         snapshot = self._snapshots.pop(key)
-        for other in [other for other in self._snapshots if other < key]:  # which nobody will ask for any more
+        for other in [other for other in list(self._snapshots) if other < key]:  # which nobody will ask for any more
             self._snapshots.pop(other, None)
         try:
             return fit_state.write(snapshot, staging, self._rank)

@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import layers
 
 import dtrain
@@ -103,6 +104,11 @@ def in_batches() -> Any:
     return batches()
 
 
+def held_out_in_batches() -> Any:
+    """In another order each time; the fit looks at the first batch alone."""
+    return tf.data.Dataset.from_tensor_slices(tuple(leaf[:7] for leaf in data())).shuffle(7, seed=1).batch(3)
+
+
 CASES: Mapping[str, tuple[Callable[[], keras.Model], Callable[[], list[Any]], Callable[[], Any] | None]] = {
     "dropout, batch normalization, Adam, a schedule, early stopping": (regularized, deciding, None),
     "accumulated gradients, averaged weights": (accumulating, lambda: [], None),
@@ -143,13 +149,16 @@ class Fit:
             import cloudpickle
 
             train, plan = Deferred("x", "function", cloudpickle.dumps(self.make_data), None), Batching(seed=SEED)
+            held_out = Deferred("validation_data", "function", cloudpickle.dumps(held_out_in_batches), None)
+            validation = Batching(steps=1)
         self.fit_callbacks = self.callbacks()
         self.position = saved.position if saved is not None else Position(0, 0)
         self.steps = saved.step if saved is not None else 0
         self.stopped = False
         self.logs: list[Any] = []
-        whole = FitPlan(plan, EPOCHS, validation=BatchPlan(7, 3))
-        held_out = ArraySource(*(leaf[:7] for leaf in data()))
+        whole = FitPlan(plan, EPOCHS, validation=validation)
+        held_out: Any = ArraySource(*(leaf[:7] for leaf in data()))
+        validation: BatchPlan | Batching = BatchPlan(7, 3)
         self.replica.begin_fit(whole, train, held_out, self.fit_callbacks, saved=saved)
 
     def step(self, num_steps: int = 1) -> bool:

@@ -103,6 +103,18 @@ class Explodes(callbacks.Callback):  # type: ignore[misc]
             self.model.optimizer.learning_rate = 1e38
 
 
+class Freezes(callbacks.Callback):  # type: ignore[misc]
+    """Trains the last layer alone."""
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.model.layers[0].trainable = False
+
+
+class Schedules(callbacks.Callback):  # type: ignore[misc]
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.model.optimizer.learning_rate = keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5)
+
+
 class StopsAtOnce(callbacks.Callback):  # type: ignore[misc]
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.model.stop_training = epoch == 1
@@ -170,6 +182,7 @@ DECIDING: dict[str, tuple[Callable[[], list[Any]], tuple[str, ...]]] = {
     "a rate for each step": (lambda: [Cyclic()], ("rates",)),
     "an end at NaN": (lambda: [Explodes(), callbacks.TerminateOnNaN()], ()),
     "an end after one step": (lambda: [StopsAtOnce()], ()),
+    "a frozen layer": (lambda: [Freezes()], ()),
     "a history of one's own": (lambda: [callbacks.History()], ("history", "epoch", "params")),
     "all hooks": (lambda: [Watches()], ("seen", "params_then", "params")),
     "nested lists": (lambda: [[Rates()], [[stopping()]]], ()),
@@ -196,6 +209,11 @@ def test_what_a_callback_decides_holds_on_all_workers(trainer: dtrain.Trainer, n
     assert differences(trainer.get_weights(), plain.get_weights(), TOLERANCE) == []
     # Each worker predicts its own rows, so this looks at the weights of both.
     assert differences(trainer.predict(x, verbose=0), plain.predict(x, verbose=0), TOLERANCE) == []
+
+
+def test_a_schedule_that_one_worker_alone_would_have_is_refused(trainer: dtrain.Trainer) -> None:
+    with pytest.raises(ConfigError, match="gave an optimizer a schedule in on_train_begin.* let model_fn"):
+        trainer.fit(*blobs(45), callbacks=[Schedules()], **FIT)
 
 
 def with_average() -> Any:

@@ -37,6 +37,11 @@ class Masked(keras.losses.Loss):  # type: ignore[misc]
         return masked(y_true, y_pred)
 
 
+class MaskedError(keras.losses.MeanSquaredError):  # type: ignore[misc]
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        return super().call(keras.ops.nan_to_num(y_true), y_pred)
+
+
 class OwnStep(keras.Sequential):  # type: ignore[misc]
     def train_step(self, data: Any) -> Any:
         return super().train_step(data)
@@ -51,6 +56,7 @@ class OwnStep(keras.Sequential):  # type: ignore[misc]
         (keras.Sequential, {"a": "mse", "b": None}, False),
         (keras.Sequential, masked, True),
         (keras.Sequential, {"a": "mse", "b": Masked()}, True),
+        (keras.Sequential, MaskedError(), True),
         (OwnStep, "mse", True),
     ],
 )

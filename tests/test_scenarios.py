@@ -600,6 +600,18 @@ def normalised() -> keras.Model:
     return model
 
 
+class AddsIfGiven(layers.Layer):  # type: ignore[misc]
+    def call(self, x: Any, extra: Any = None) -> Any:
+        return x if extra is None else x + extra
+
+
+def with_optional_input() -> keras.Model:
+    a, b = keras.Input((4,), name="a"), keras.Input((3,), name="b", optional=True)
+    model = keras.Model({"a": a, "b": b}, AddsIfGiven()(layers.Dense(3)(a), b))
+    model.compile("sgd", "mse")
+    return model
+
+
 def of_mixed_kinds() -> keras.Model:
     inputs = {
         "id": keras.Input((), dtype="int64", name="id"),
@@ -694,6 +706,7 @@ MODELS: dict[str, Model] = {
     "inputs of several kinds": Model(
         of_mixed_kinds, {"id": classes(9), "flag": X[:, :1] > 0, "value": X[:, :2].astype("float64")}, Y
     ),
+    "an input that is left out": Model(with_optional_input, {"b": None, "a": X}, numbers(3, seed=3)),
     "half precision": Model(of_half_precision, X, Y, tolerance=2e-2),
     "integer targets": Model(regression(), X, classes()),
 }

@@ -114,6 +114,28 @@ class Derives(Adds):
         return {**results, "root": ops.sqrt(results["error"])}
 
 
+class BuildsLate(Renames):
+    """With a metric that makes its variables in its first update, and shows it alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.r2 = keras.metrics.R2Score()
+
+    @property
+    def metrics(self) -> Any:
+        return [self.r2]
+
+    def _told(self, y: Any, predicted: Any) -> Any:
+        self.r2.update_state(y, predicted)
+        return {"r2": self.r2.result()}
+
+
+class Decorated(Renames):
+    @tf.function
+    def train_step(self, data: Any) -> Any:
+        return super().train_step(data)
+
+
 class UpdatesItself(Renames):
     """A step without an optimizer."""
 
@@ -157,7 +179,10 @@ def ours(collective: Any, kind: type[Plain], eager: bool) -> Any:
     return replica.model.get_weights(), history, logs, getattr(replica.model, "calls", 0)
 
 
-STEPS = [(Renames, False), (Renames, True), (ReadsValues, True), (Adds, False), (Derives, False)]
+STEPS = [
+    *((Renames, False), (Renames, True), (ReadsValues, True), (Adds, False), (Derives, False)),
+    *((BuildsLate, False), (BuildsLate, True), (Decorated, False)),
+]
 
 
 @pytest.mark.parametrize(("kind", "eager"), STEPS)
@@ -179,6 +204,43 @@ class Noisy(layers.Layer):  # type: ignore[misc]
 
     def call(self, x: Any, training: bool = False) -> Any:
         return x + self.draw(x) if training else x
+
+
+class TellsNoise(Renames):
+    def _told(self, y: Any, predicted: Any) -> Any:
+        return {"noise": tf.random.normal(()), "seeded": tf.random.normal((), seed=3)}
+
+
+def test_tensorflow_s_own_random_numbers_differ_between_ranks_and_repeat() -> None:
+    class Ranked(LocalCollective):
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+    def noise(rank: int) -> Any:
+        return Replica(made(TellsNoise, False), Ranked(rank)).on_batch("train", ArraySource(*data()))
+
+    first, second = noise(0), noise(1)
+    assert noise(0) == first and noise(1) == second
+    assert first["noise"] != second["noise"] and first["seeded"] != second["seeded"]
+
+
+def test_single_batches_of_many_lengths_are_traced_twice() -> None:
+    calls = 0
+
+    class Counted(layers.Layer):  # type: ignore[misc]
+        def call(self, x: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return x
+
+    model = keras.Sequential([layers.Embedding(9, 2), Counted(), layers.GlobalAveragePooling1D(), layers.Dense(1)])
+    model.compile("sgd", "mse")
+    replica = Replica(model, LocalCollective())
+    replica.build((np.ones((1, 3), "int32"), np.ones((1, 1))))
+    calls = 0
+    for length in (3, 4, 5, 6, 3):
+        replica.on_batch("train", ArraySource(np.ones((4, length), "int32"), np.ones((4, 1))))
+    assert calls == 2
 
 
 @pytest.mark.parametrize(

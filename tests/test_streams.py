@@ -28,6 +28,7 @@ from dtrain.data.source import ArraySource
 from dtrain.data.stream import StreamLoader
 from dtrain.errors import ConfigError, DataError, DtrainError, LostPeer, WorkerError
 from dtrain.feeds import open_feed
+from dtrain.trainer import _in_order
 from dtrain.types import Batching, BatchPlan, FitPlan, Position, Segment
 
 for module in (models, sys.modules[__name__]):  # the workers do not have the tests' folder on their path
@@ -141,13 +142,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def in_float64(function: F) -> F:
-    """Run a rank's function in float64."""
+    """Run a function in float64."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         keras.config.set_floatx("float64")
         keras.config.set_dtype_policy("float64")
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            keras.config.set_floatx("float32")
+            keras.config.set_dtype_policy("float32")
 
     return wrapper  # type: ignore[return-value]
 
@@ -396,6 +401,9 @@ class InMemory:
 
     def begin_pass(self, number: int) -> None: ...
 
+    def shapes(self) -> Any:
+        return {}
+
     def end_pass(self) -> None: ...
 
     def on_epoch_begin(self) -> None: ...
@@ -588,9 +596,38 @@ def our_passes(collective: Any) -> Any:
     return logs, short, replica.predict(Batching(), deferred(partial(named_batches, False)))
 
 
-def test_evaluate_and_predict_take_streams_and_keep_their_order(ranks: Ranks) -> None:
-    from dtrain.trainer import _in_order
+def of_lengths(*lengths: int) -> Any:
+    for length in lengths:
+        yield (np.arange(5 * length * 2.0).reshape(5, length, 2),)
 
+
+def predicted(collective: Any, makes_rows: bool, lengths: tuple[int, ...]) -> Any:
+    """Of a model whose outputs have a row for each step of a sequence, or else a sequence for each row."""
+    from dtrain.replica import Replica
+
+    x = keras.Input((None, 2))
+    outputs = keras.layers.Lambda(lambda x: keras.ops.reshape(x, (-1, 2)) if makes_rows else x)(x)
+    model = keras.Model(x, outputs)
+    model.compile("sgd", "mse")
+    try:
+        return Replica(model, collective).predict(Batching(), deferred(partial(of_lengths, *lengths)))
+    except DataError as error:
+        return str(error)
+
+
+def test_predictions_may_have_other_rows_than_the_data(ranks: Ranks) -> None:
+    expected = np.concatenate([x.reshape(-1, 2) for (x,) in of_lengths(3, 4)])
+    for world_size in (1, 2, 3):
+        parts = ranks.run(world_size, predicted, True, (3, 4))
+        assert np.array_equal(_in_order(parts), expected), world_size
+
+
+def test_predictions_that_make_no_array_are_refused_with_a_way_out(ranks: Ranks) -> None:
+    for message in ranks.run(2, predicted, False, (3, 4)):
+        assert "(3, 2) and (4, 2) behind the rows: pad all of them" in message
+
+
+def test_evaluate_and_predict_take_streams_and_keep_their_order(ranks: Ranks) -> None:
     ((logs, predictions),) = ranks.run(1, plain_passes)
     for world_size in (1, 2, 3):
         passes = ranks.run(world_size, our_passes)

@@ -40,8 +40,34 @@ def mixing(marked: bool) -> Any:
     return make_model(dtrain.whole_batch(relative) if marked else relative)
 
 
+def measuring() -> Any:
+    """With a metric that does not add up."""
+    import keras
+
+    class Largest(keras.metrics.Metric):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(name="largest")
+            self.value = self.add_variable((), "zeros", name="value")
+
+        def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+            self.value.assign(keras.ops.maximum(self.value, keras.ops.max(keras.ops.abs(y_pred))))
+
+        def result(self) -> Any:
+            return self.value
+
+    model = make_model("mse")
+    model.compile(keras.optimizers.SGD(0.1), "mse", metrics=[Largest()])
+    return model
+
+
 @pytest.mark.parametrize(
-    ("model_fn", "exact"), [(of_rows, True), (lambda: mixing(marked=False), False), (lambda: mixing(marked=True), True)]
+    ("model_fn", "exact"),
+    [
+        (of_rows, True),
+        (lambda: mixing(marked=False), False),
+        (lambda: mixing(marked=True), True),
+        (measuring, False),
+    ],
 )
 def test_a_loss_that_mixes_rows_is_told_from_a_mean_over_rows(
     local_ray: None, in_tmp: Any, model_fn: Any, exact: bool

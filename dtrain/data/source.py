@@ -8,7 +8,7 @@ import hashlib
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor
 from os import PathLike, fspath
@@ -279,6 +279,22 @@ def leaves(batch: Tree) -> Iterator[tuple[str, Array]]:
     """The arrays of a batch with their paths: "x['image']", "y", "sample_weight[0]"."""
     for name, part in zip(("x", "y", "sample_weight"), batch, strict=False):
         yield from _walk(name, part)
+
+
+def shapes_of(batch: Tree) -> dict[str, tuple[int | None, ...]]:
+    """Of its leaves, without the rows."""
+    return {path: tuple(leaf.shape[1:]) for path, leaf in leaves(batch)}
+
+
+def common_shapes(every: Sequence[Mapping[str, tuple[int | None, ...]]]) -> dict[str, tuple[int | None, ...]]:
+    """What all of them are of: None where their sizes differ. Of one path each has the same rank."""
+    found: dict[str, tuple[int | None, ...]] = {}
+    for shapes in every:
+        for path, shape in shapes.items():
+            known = found.get(path, shape)
+            same = len(known) == len(shape)
+            found[path] = tuple(a if a == b else None for a, b in zip(known, shape, strict=True)) if same else shape
+    return found
 
 
 def _map_with_path(function: Callable[[str, Any], Any], path: str, tree: Tree) -> Tree:

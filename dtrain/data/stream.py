@@ -23,7 +23,7 @@ import numpy as np
 
 from dtrain.data.loader import Chunk
 from dtrain.data.sampler import Sampler, shard
-from dtrain.data.source import content_of, leaves, map_tree
+from dtrain.data.source import common_shapes, content_of, leaves, map_tree, shapes_of
 from dtrain.errors import DataError, LostPeer
 from dtrain.types import BatchPlan, ModelDescription, Opened, Position, Purpose, Shapes, Tree
 
@@ -80,14 +80,7 @@ class Batches:
         return self.content
 
     def shapes(self) -> Shapes:
-        every = [dict(leaves(batch)) for batch in self.content]
-        return {
-            path: tuple(
-                sizes[0] if len(set(sizes)) == 1 else None
-                for sizes in zip(*(batch[path].shape[1:] for batch in every if path in batch), strict=False)
-            )
-            for path in every[0]
-        }
+        return common_shapes([shapes_of(batch) for batch in self.content])
 
     def end_pass(self) -> None: ...
 
@@ -240,6 +233,17 @@ class StreamLoader:
         epoch = self._position.epoch
         num_steps = self.steps_in_epoch(self._first_epoch)
         yield from self.chunks(epoch, 0, sys.maxsize if num_steps is None else num_steps, steps_per_chunk)
+
+    def skip_passes(self, number: int) -> None:
+        """Go on as after so many passes: hooks are called, orders are drawn, and of each pass one batch is read."""
+        for _ in range(number):
+            _, _, error = self._read(1)
+            if error is not None:
+                raise error
+            steps = self.num_batches if self._steps is None else self._steps
+            if self.num_batches is not None and steps is not None and steps >= self.num_batches:
+                self._num_read = self.num_batches  # as read whole
+            self._end_epoch(ran_out=True)
 
     def close(self) -> None:
         """End the background thread."""

@@ -86,6 +86,7 @@ FEATURES = (
     "masked_outputs",
     "ignore_class",
     "loss_sum",
+    "loss_none",
     "loss_mean_with_sample_weight",
     "sparse_gradients",
     "sparse_gradients_clipped",

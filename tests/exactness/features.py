@@ -817,6 +817,7 @@ FEATURES: dict[str, Feature] = {
     "masked_outputs": Feature(masked_outputs, tokens_and_numbers),
     "ignore_class": Feature(ignore_class, tokens),
     "loss_sum": Feature(_loss("sum"), weighted_numbers),
+    "loss_none": Feature(_loss("none"), weighted_numbers),
     "loss_mean_with_sample_weight": Feature(_loss("mean_with_sample_weight"), weighted_numbers),
     "sparse_gradients": Feature(sparse_gradients, words),
     "sparse_gradients_clipped": Feature(partial(sparse_gradients, global_clipnorm=0.1), words),
