@@ -4,18 +4,30 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # the session's Ray runs workers in this environment
 
+import cloudpickle
 import pytest
+import warm
 from ranks import Ranks
 
+cloudpickle.register_pickle_by_value(warm)  # the workers do not have the tests' folder on their path
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="compare with plain Keras for all N, models and dtypes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What starts Ray, ranks or whole programs is slow: `make test-fast` leaves it out."""
+    if not config.getoption("--full"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
     slow = {"local_ray", "ranks", "environment"}
     programs = {"test_cli.py", "test_examples.py", "test_cluster_local.py", "test_horovod_build.py", "test_mlflow.py"}
     for item in items:
@@ -67,6 +79,19 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A place for files of each kind; a bucket is slow, and has tests of its own."""
     urls = {"local": str(tmp_path / "store"), "file": (tmp_path / "store").as_uri()}
     return urls.get(request.param, f"memory://{uuid.uuid4().hex}")
+
+
+@pytest.fixture(scope="session")
+def one_worker(local_ray: None) -> Iterator[Any]:
+    """A Trainer whose worker is given one model after the other (see warm.py)."""
+    with warm.new_trainer(1) as trainer:
+        yield trainer
+
+
+@pytest.fixture(scope="session")
+def two_workers(local_ray: None) -> Iterator[Any]:
+    with warm.new_trainer(2) as trainer:
+        yield trainer
 
 
 @pytest.fixture

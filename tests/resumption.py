@@ -145,6 +145,8 @@ class Fit:
             self.replica.write_state(self.initial)
         train: Any = ArraySource(*data())
         plan: BatchPlan | Batching = BatchPlan(ROWS, BATCH, shuffle=True, seed=SEED)
+        held_out: Any = ArraySource(*(leaf[:7] for leaf in data()))
+        validation: BatchPlan | Batching = BatchPlan(7, 3)
         if self.make_data is not None:
             import cloudpickle
 
@@ -157,8 +159,6 @@ class Fit:
         self.stopped = False
         self.logs: list[Any] = []
         whole = FitPlan(plan, EPOCHS, validation=validation)
-        held_out: Any = ArraySource(*(leaf[:7] for leaf in data()))
-        validation: BatchPlan | Batching = BatchPlan(7, 3)
         self.replica.begin_fit(whole, train, held_out, self.fit_callbacks, saved=saved)
 
     def step(self, num_steps: int = 1) -> bool:

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -48,15 +48,14 @@ def classifier(optimizer: Any = None, **compiled: Any) -> Callable[[], keras.Mod
     return fresh(make)
 
 
-@pytest.fixture(scope="module")
-def workers(local_ray: None) -> Iterator[dtrain.Trainer]:
-    with dtrain.Trainer(classifier(), num_workers=2, threads_per_worker=1, checkpoint=False, tracking=False) as trainer:
-        yield trainer
+@pytest.fixture
+def workers(two_workers: dtrain.Trainer) -> dtrain.Trainer:
+    return use(two_workers, classifier())
 
 
 @pytest.fixture
 def trainer(workers: dtrain.Trainer) -> dtrain.Trainer:
-    return use(workers, classifier())
+    return workers
 
 
 # --- what users write

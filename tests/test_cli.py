@@ -106,11 +106,14 @@ class Place:
         self.model.with_name("parts.py").write_text("def widths(units): return 2 * units\n")
         self.fitted = self.run("fit", "make", *SETTINGS, "--epochs", "2", "--batch-size", "16", "--run-name", "first")
 
-    def run(self, command: str, factory: str, *options: str) -> "subprocess.CompletedProcess[str]":
+    def run(
+        self, command: str, factory: str, *options: str, ray: str | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        """`ray`: the address of one that runs already; else the command starts its own."""
         return subprocess.run(
             self.command(command, factory, *options),
             cwd=self.here,
-            env=environment(),
+            env=environment() if ray is None else {**os.environ, "RAY_ADDRESS": ray},
             capture_output=True,
             text=True,
             timeout=PATIENCE,
@@ -133,6 +136,14 @@ def environment(**more: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture
+def address(local_ray: None) -> str:
+    """Of the session's Ray."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +173,8 @@ def test_runs_are_listed_as_a_table(place: Place, summary: dict[str, Any]) -> No
     assert row.split()[:3] == ["first", "finished", "8"] and summary["checkpoint"] in row
 
 
-def test_evaluate_finds_what_the_run_found_last(place: Place, summary: dict[str, Any]) -> None:
-    done = place.run("evaluate", "make", *SETTINGS, "--run-name", "first", "--json")
+def test_evaluate_finds_what_the_run_found_last(place: Place, summary: dict[str, Any], address: str) -> None:
+    done = place.run("evaluate", "make", *SETTINGS, "--run-name", "first", "--json", ray=address)
     assert done.returncode == 0, done.stderr
     logs = json.loads(done.stdout)
     assert logs == {name: pytest.approx(summary["metrics"][f"val_{name}"], rel=1e-6) for name in ("loss", "accuracy")}
@@ -171,15 +182,15 @@ def test_evaluate_finds_what_the_run_found_last(place: Place, summary: dict[str,
 
 
 def test_predict_writes_a_row_for_every_row_and_overwrites_only_when_told(
-    place: Place, summary: dict[str, Any]
+    place: Place, summary: dict[str, Any], address: str
 ) -> None:
-    options = (*SETTINGS, "--checkpoint", summary["checkpoint"], "--output", "predictions.npz")
+    options = (*SETTINGS, "--checkpoint", summary["checkpoint"], "--output", "predictions.npz", "--num-workers", "1")
     (place.here / "predictions.npz").write_text("precious")
     refused = place.run("predict", "make", *options)
     assert refused.returncode == 2 and "--output='predictions.npz' exists" in refused.stderr
     assert (place.here / "predictions.npz").read_text() == "precious"
 
-    done = place.run("predict", "make", *options, "--force")
+    done = place.run("predict", "make", *options, "--force", ray=address)
     assert done.returncode == 0, done.stderr
     assert "predictions.npz: predictions float32 (11, 3)" in done.stdout
     with np.load(place.here / "predictions.npz") as arrays:
@@ -217,8 +228,8 @@ numpy.save(sys.argv[1], [model.predict(rows, verbose=0), tf.saved_model.load("se
         assert (predictions.argmax(axis=1) == labels).mean() == pytest.approx(summary["metrics"]["val_accuracy"])
 
 
-def test_a_factory_that_raises_shows_its_own_traceback_first(place: Place) -> None:
-    done = place.run("fit", "broken", "--no-tracking", "--no-checkpoint")
+def test_a_factory_that_raises_shows_its_own_traceback_first(place: Place, address: str) -> None:
+    done = place.run("fit", "broken", "--no-tracking", "--no-checkpoint", ray=address)
     assert done.returncode == 1
     told = done.stderr[done.stderr.index("Traceback") :]
     assert re.match(r'Traceback .*\n  File ".*my-model.py", line \d+, in broken\n', told), told

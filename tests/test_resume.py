@@ -64,6 +64,8 @@ def test_a_fit_goes_on_bit_for_bit_from_every_step(ranks: Ranks, world_size: int
     expected = [digest for digest, _, _ in outcomes]
     _, logs, steps = outcomes[0]
     assert len(steps) > 7
+    if world_size != 2:  # in the middle and at the end of epochs, of a window of accumulation, before the last
+        steps = [step for step in steps if step % 5 in (0, 2) or step == steps[-1]]
     digests, saved = save_after_each(ranks, world_size, name, "float32", steps, tmp_path)
     assert digests == expected, "making checkpoints changes numbers"
     for step in steps:

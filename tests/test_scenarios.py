@@ -13,7 +13,7 @@ and sparse inputs, distribution strategies, other backends.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,26 +36,13 @@ for module in (models, warm, sys.modules[__name__]):
 
 TOLERANCE = 2e-5
 """Of float32, after two epochs: the order of sums differs with two workers."""
-QUIET: dict[str, Any] = {"threads_per_worker": 1, "checkpoint": False, "tracking": False}
 ROWS = 21
 
 
-@pytest.fixture(scope="module")
-def one(local_ray: None) -> Iterator[dtrain.Trainer]:
-    with dtrain.Trainer(fresh(small), num_workers=1, **QUIET) as trainer:
-        yield trainer
-
-
-@pytest.fixture(scope="module")
-def two(local_ray: None) -> Iterator[dtrain.Trainer]:
-    with dtrain.Trainer(fresh(small), num_workers=2, **QUIET) as trainer:
-        yield trainer
-
-
-@pytest.fixture(params=[1, 2], ids=["one worker", "two workers"])
+@pytest.fixture(params=["one_worker", "two_workers"], ids=["one worker", "two workers"])
 def workers(request: pytest.FixtureRequest) -> dtrain.Trainer:
-    trainer: dtrain.Trainer = request.getfixturevalue("one" if request.param == 1 else "two")
-    return trainer
+    trainer: dtrain.Trainer = request.getfixturevalue(request.param)
+    return use(trainer, fresh(small))
 
 
 def tolerance(trainer: dtrain.Trainer) -> float:
@@ -729,7 +716,24 @@ def done(ranks: Any) -> dict[str, Any]:
     return dict(zip(MODELS, ranks.map(verbs_of_keras, list(MODELS)), strict=True))
 
 
-@pytest.mark.parametrize("name", MODELS)
+ON_TWO = (
+    *("weighted metrics", "metrics that are arrays", "a metric that gives a dict", "dicts of inputs and outputs"),
+    *("nested inputs and outputs", "a subclass that computes its metrics", "a subclass with steps of its own"),
+    *("a model built by its first batch", "run eagerly", "several steps per execution", "sentences", "half precision"),
+    *("inputs of several kinds", "an input that is left out"),
+)
+"""What two workers do as well; the others with --full. Training itself, on more workers, is in tests/exactness."""
+
+
+@pytest.mark.parametrize(
+    ("workers", "name"),
+    [
+        pytest.param(workers, name, marks=[pytest.mark.full] * (workers == "two_workers" and name not in ON_TWO))
+        for workers in ("one_worker", "two_workers")
+        for name in MODELS
+    ],
+    indirect=["workers"],
+)
 def test_a_model_does_all_verbs(workers: dtrain.Trainer, done: dict[str, Any], name: str) -> None:
     model = MODELS[name]
     assert not isinstance(done[name], str), f"Keras itself refuses: {done[name]}"

@@ -28,6 +28,19 @@ def fresh(factory: Callable[[], Any]) -> Callable[[], Any]:
     return make
 
 
+def small() -> Any:
+    import keras
+
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
+    model.compile("sgd", "mse")
+    return model
+
+
+def new_trainer(num_workers: int) -> dtrain.Trainer:
+    """Workers for `use`."""
+    return dtrain.Trainer(fresh(small), num_workers=num_workers, threads_per_worker=1, checkpoint=False, tracking=False)
+
+
 def use(trainer: dtrain.Trainer, model_fn: Callable[[], Any]) -> dtrain.Trainer:
     """The same workers with a new model each."""
     pickled = arguments.pickled_model_fn(model_fn, None)

@@ -103,7 +103,7 @@ FEATURES = (
 )
 """Equal for any N; those that are not in CORE at one uneven size, in float64 at N=1 and N=3.
 
-The other combinations run with `--exactness-full`.
+The other combinations run with `--full`.
 """
 
 OPTIMIZERS = (
@@ -148,7 +148,7 @@ MORE_FEATURES = (
     "skipped_steps",
     "metrics_of_top_k",
 )
-"""Equal for any N as well; compared in float64 at N=3 alone, the rest with `--exactness-full`."""
+"""Equal for any N as well; compared in float64 at N=3 alone, the rest with `--full`."""
 
 FLOAT64_ONLY = ("adam_usual_epsilon", "adversaries", *OPTIMIZERS)
 """Where float32's own errors are larger than what the bound is measured by (see features.adam_optimizer).
@@ -176,7 +176,7 @@ def combinations() -> list[tuple[int, str, str]]:
 
 
 def is_left_out(world_size: int, feature: str, dtype: str) -> bool:
-    """Whether a combination runs with `--exactness-full` only."""
+    """Whether a combination runs with `--full` only."""
     if feature in CORE:
         return False
     if dtype != ("float32" if feature in FLOAT32_ONLY else "float64"):

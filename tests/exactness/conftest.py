@@ -12,7 +12,6 @@ from exactness import table
 from exactness.cases import Run, Size, runs_of, sizes_of
 
 ROWS = pytest.StashKey[list[table.Row]]()
-LEFT_OUT = pytest.StashKey[int]()
 NO_CHANNELS_FIRST = "Conv2DCustomBackpropFilterOp only supports NHWC"
 """What TensorFlow says on CPUs where it leaves oneDNN off by itself: those without AVX-512 VNNI or the like."""
 
@@ -92,20 +91,6 @@ def rows(request: pytest.FixtureRequest) -> list[table.Row]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("exactness")
     group.addoption("--exactness-table", metavar="FILE", help="write the table of differences in short, as Markdown")
-    group.addoption("--exactness-full", action="store_true", help="compare all features for all N in both dtypes")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes long; left out by make test-fast")
-    config.addinivalue_line("markers", "full: runs with --exactness-full only")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--exactness-full", default=False):
-        left_out = [item for item in items if item.get_closest_marker("full")]
-        config.stash[LEFT_OUT] = len(left_out)
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -114,10 +99,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section("largest differences from plain Keras")
     terminalreporter.write_line(table.full(rows))
-    if config.stash.get(LEFT_OUT, 0):
-        terminalreporter.write_line(
-            "left out: most features at N=2 and in float32; --exactness-full compares them, too"
-        )
+    if not config.getoption("--full"):
+        terminalreporter.write_line("left out: most features at N=2 and in float32; --full compares them, too")
     path = config.getoption("--exactness-table", default=None)
     if path:
         Path(path).write_text(table.short(rows))
