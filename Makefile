@@ -5,6 +5,9 @@ UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 RUN := .venv/bin
 DATA ?= mnist
 
+# To compile TensorFlow's Python takes three times as long as to import it: only the first process is to do it.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup quickstart test test-fast check soak bench-checkpoint clean
 
 help: ## this list

@@ -35,12 +35,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slow)
 
 
+POOL = Ranks(3)
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Plain processes that play up to 3 ranks."""
-    pool = Ranks(3)
-    yield pool
-    pool.close()
+    yield POOL
+    POOL.close()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "ranks" not in getattr(item, "fixturenames", ()):
+        POOL.rest()
 
 
 @pytest.fixture(scope="session")

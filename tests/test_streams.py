@@ -4,7 +4,7 @@ import functools
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest
 import tensorflow as tf
 from models import blobs, make_classifier, make_two_headed
 from ranks import Ranks
+from warm import fresh, use
 
 import dtrain
 from dtrain import arguments
@@ -852,20 +853,9 @@ class TestInTheDriver:
 # --- on a real Ray
 
 
-@pytest.fixture(scope="module")
-def trainer(local_ray: None) -> Iterator[dtrain.Trainer]:
-    with dtrain.Trainer(make_classifier, num_workers=2, **QUIET) as shared:
-        yield shared
-
-
-def reset(trainer: dtrain.Trainer) -> keras.Model:
-    """Give the workers the weights of a new model, without momentum; return that model."""
-    fresh = make_classifier()
-    fresh.optimizer.build(fresh.trainable_variables)
-    for variable, value in zip(trainer.model.optimizer.variables, fresh.optimizer.variables, strict=True):
-        variable.assign(value)
-    trainer.set_weights(fresh.get_weights())
-    return fresh
+@pytest.fixture
+def trainer(two_workers: dtrain.Trainer) -> dtrain.Trainer:
+    return use(two_workers, fresh(make_classifier))
 
 
 def blob_dataset() -> tf.data.Dataset:
@@ -908,10 +898,7 @@ def blob_arrays() -> Any:
     ids=["function of a data set of unknown length", "data set", "PyDataset", "endless generator", "arrays"],
 )
 def test_a_fit_on_two_workers_gives_what_keras_gives(trainer: dtrain.Trainer, x: Any, given: dict[str, Any]) -> None:
-    plain = reset(trainer) if trainer.workers else None
-    if plain is None:
-        trainer.evaluate(blob_arrays, verbose=0)
-        plain = reset(trainer)
+    plain = fresh(make_classifier)()
     theirs = {key: value() if callable(value) else value for key, value in given.items()}
     expected = plain.fit(*_as_arguments(x() if callable(x) else x), epochs=2, verbose=0, **theirs)
     history = trainer.fit(x, epochs=2, verbose=0, **given)
