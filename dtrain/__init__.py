@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dtrain import data, errors, testing
     from dtrain.callbacks import on_every_rank
-    from dtrain.config import CheckpointConfig, MLflowConfig
-    from dtrain.history import History
+    from dtrain.config import CheckpointConfig, FailureConfig, MLflowConfig
+    from dtrain.history import History, Recovery
     from dtrain.losses import whole_batch
     from dtrain.optimizer import reduce_gradients
     from dtrain.schedules import WarmUp
@@ -21,7 +21,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "Trainer": "dtrain.trainer",
     "History": "dtrain.history",
+    "Recovery": "dtrain.history",
     "CheckpointConfig": "dtrain.config",
+    "FailureConfig": "dtrain.config",
     "MLflowConfig": "dtrain.config",
     "WarmUp": "dtrain.schedules",
     "on_every_rank": "dtrain.callbacks",
@@ -32,8 +34,10 @@ _MODULES = ("data", "errors", "testing")
 
 __all__ = [
     "CheckpointConfig",
+    "FailureConfig",
     "History",
     "MLflowConfig",
+    "Recovery",
     "Trainer",
     "WarmUp",
     "data",

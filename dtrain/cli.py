@@ -137,6 +137,7 @@ def fit(
         str | None,
         typer.Option(metavar="auto|URL", help="auto: go on with the run of that name, or begin it."),
     ] = None,
+    max_failures: Annotated[int, typer.Option(help="Deaths of workers in a row, without a new step, to survive.")] = 3,
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow's; else MLFLOW_TRACKING_URI, else SQLite.")] = None,
     experiment: Annotated[str | None, typer.Option(help="MLflow's; else MLFLOW_EXPERIMENT_NAME, else dtrain.")] = None,
     no_tracking: Annotated[bool, typer.Option("--no-tracking", help="Record nothing in MLflow.")] = False,
@@ -153,7 +154,7 @@ def fit(
     config = read_settings(settings or [])
     make_model, load = find_function("MODULE:FACTORY", factory), find_function("--data", data)
 
-    from dtrain.config import CheckpointConfig, MLflowConfig
+    from dtrain.config import CheckpointConfig, FailureConfig, MLflowConfig
 
     with _trainer(
         make_model,
@@ -163,6 +164,7 @@ def fit(
         run_name=run_name,
         storage_path=storage_path,
         checkpoint=checkpoint and CheckpointConfig(every_steps=checkpoint_every_steps),
+        failure=FailureConfig(max_failures=max_failures),
         tracking=not no_tracking and MLflowConfig(tracking_uri=tracking_uri, experiment_name=experiment),
         address=address,
         use_gpu=use_gpu,

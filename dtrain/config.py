@@ -58,3 +58,20 @@ class CheckpointConfig:
             raise ConfigError(f"monitor={self.monitor!r} must be the name of a metric, such as 'val_loss', or None")
         if self.mode not in ("auto", "min", "max"):
             raise ConfigError(f"mode={self.mode!r} must be 'auto', 'min' or 'max'")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FailureConfig:
+    """What a fit survives.
+
+    Attributes:
+        max_failures: how many deaths of workers in a row, without a newly finished step between them. A fit goes on
+            from its newest checkpoint with new workers; one that makes no checkpoints survives none. What the user's
+            code raises ends a fit at once.
+    """
+
+    max_failures: int = 3
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_failures, int) or isinstance(self.max_failures, bool) or self.max_failures < 0:
+            raise ConfigError(f"max_failures={self.max_failures!r} must be a whole number, 0 or more")

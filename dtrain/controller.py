@@ -52,6 +52,7 @@ class FitRecord:
     epochs: list[int] = field(default_factory=list)
     callback_states: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: Checkpoint | None = None
+    first_result: float | None = None  # when the first steps of this start were finished: seconds, monotonic
 
 
 class Controller:
@@ -221,6 +222,7 @@ class Controller:
     def _take_in(self, segment: Segment, result: SegmentResult, record: FitRecord) -> SegmentResult:
         rate = None
         if result.num_steps:
+            record.first_result = record.first_result or self._clock()
             self._newest = result
             rate = self._rate = result.rows / result.seconds if result.seconds else None
         record.steps += result.num_steps

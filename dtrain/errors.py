@@ -4,6 +4,7 @@
     ├── ConfigError       an argument or a setting is wrong; nothing was started (also a ValueError)
     ├── DataError         the data cannot be used as given (also a ValueError)
     ├── WorkerError       a worker died or raised; carries rank, host and the remote traceback
+    │   └── WorkerDied    its process ended, or could not be reached: not the user's code raised
     ├── CheckpointError   a checkpoint is missing, damaged or of another model
     │   └── TakenOver     another driver trains the run by now
     ├── TrackingError     MLflow refused what it was asked
@@ -68,3 +69,7 @@ class WorkerError(DtrainError):
         if not self.remote_traceback:
             return self.message
         return f"{self.remote_traceback.rstrip()}\n\n{self.message}"
+
+
+class WorkerDied(WorkerError):
+    """A worker's process ended, or its group broke for a reason that nobody tells: a fit may survive that."""

@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,10 +19,11 @@ from dtrain.checkpointer import Saving
 from dtrain.controller import Controller, FitRecord
 from dtrain.data.source import keras_batch
 from dtrain.description import describe_run, versions
-from dtrain.errors import ConfigError, TakenOver
+from dtrain.errors import ConfigError, TakenOver, WorkerDied
 from dtrain.fit_state import SavedFit, history_of, read
-from dtrain.history import History
+from dtrain.history import History, Recovery
 from dtrain.lease import Lease
+from dtrain.policy import failures_in_a_row
 from dtrain.progress import ProgressBar
 from dtrain.resume import (
     AUTO,
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from dtrain.trainer import Trainer
 
 CURVES = "training_curves.png"
+RECOVERIES = "recoveries.json"
 
 
 class FitRun:
@@ -78,6 +83,9 @@ class FitRun:
         self._passed_over: Sequence[str] = ()
         self._saved: SavedFit | None = None
         self._is_done = False  # an earlier attempt did all, and has said so
+        self._failures, self._furthest = 0, 0  # deaths without a newly finished step between them, and that step
+        self._recoveries: list[Recovery] = []
+        self._recovering: tuple[Recovery, float] | None = None  # and when it was noticed: seconds, monotonic
         self._tracker: Tracker = NullTracker()
         if trainer.tracking is not None or trainer.checkpoint is not None:
             self._goes_on = resume == AUTO or _is_of_run(resume, trainer.storage_path, name)
@@ -141,6 +149,53 @@ class FitRun:
                 self._lease.release()
 
     def _train(self, callbacks: Sequence[Any]) -> None:
+        """Train to the end, with new workers from the newest checkpoint on where some have died."""
+        while True:
+            try:
+                self._train_on(callbacks)
+                break
+            except WorkerDied as error:
+                self._fall_back(error)
+        self._settle_recovery()
+        for callback, state in zip(callbacks, self._record.callback_states, strict=True):
+            import_state(callback, state)
+        self._log_results()
+
+    def _fall_back(self, error: WorkerDied) -> None:
+        """Get ready to go on from the newest checkpoint; raises the error where that is not to be."""
+        self._settle_recovery()
+        record, limit = self._record, self._trainer.failure.max_failures
+        self._failures = failures_in_a_row(self._failures, self._furthest, record.steps)
+        finished, self._furthest = record.steps, max(self._furthest, record.steps)
+        if self._failures > limit or self._folder is None or self._folder.checkpoints.latest() is None:
+            if self._failures > 1:
+                error.message += f"; that was failure {self._failures} in a row, after {self._furthest} steps"
+            raise error
+        noticed = time.monotonic()
+        self._goes_on = True
+        self._find_start(AUTO)
+        assert self._loaded is not None
+        self._trainer.keep_for_fall_back(self._loaded.checkpoint.url)
+        record.first_result = None
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        recovery = Recovery(now, error.rank, error.host, error.message, 0.0, max(0, finished - record.steps))
+        self._recovering = recovery, noticed
+        place = in_words(record.position)
+        self._display.note(f"{error.message}: going on at {place} with new workers ({self._failures} of {limit})")
+
+    def _settle_recovery(self) -> None:
+        """Put the last recovery on record: when it ended is known now."""
+        if self._recovering is None:
+            return
+        recovery, noticed = self._recovering
+        self._recovering = None
+        seconds = (self._record.first_result or time.monotonic()) - noticed
+        self._recoveries.append(dataclasses.replace(recovery, seconds=seconds))
+        self._tracker.log(self._record.steps, {"recoveries": len(self._recoveries)})
+        listed = [dataclasses.asdict(recovery) for recovery in self._recoveries]
+        self._tracker.log_text(json.dumps(listed, indent=1), RECOVERIES)
+
+    def _train_on(self, callbacks: Sequence[Any]) -> None:
         trainer, wanted, plan = self._trainer, self._wanted, self._plan
         group, opened = trainer.start(wanted.train, plan.train, self._display, "train", plan.initial_epoch, self._name)
         self._opened["train"] = opened
@@ -149,9 +204,11 @@ class FitRun:
             _, found = trainer.start(wanted.validation, plan.validation, self._display, "validation")
             self._opened["validation"] = found
         self._display.expect(opened.steps_per_epoch)
-        self._model = group.description
         on_record = plan_on_record(plan, opened.plan)
-        self._announce(check_plan(self._loaded.manifest, on_record) if self._loaded is not None else [])
+        changed = check_plan(self._loaded.manifest, on_record) if self._loaded is not None else []
+        if self._model is None:
+            self._model = group.description
+            self._announce(changed)
         trainer.weights_change()
         Controller(group, self._tracker, self._display, trainer.interrupts).fit(
             plan,
@@ -161,9 +218,6 @@ class FitRun:
             self._record,
             self._take_saved(),
         )
-        for callback, state in zip(callbacks, self._record.callback_states, strict=True):
-            import_state(callback, state)
-        self._log_results()
 
     def _take_saved(self) -> SavedFit | None:
         """Hand over what may be large, and hold it no longer."""
@@ -309,6 +363,7 @@ class FitRun:
             run_name=self._name,
             url=self._folder.url if self._folder is not None else None,
             open_command=self._tracker.open_command(),
+            recoveries=self._recoveries,
         )
 
     def _steps_per_epoch(self) -> int | None:

@@ -9,6 +9,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """A failure that a fit went on from.
+
+    Attributes:
+        time: when it was noticed: UTC, ISO 8601.
+        rank: the worker's that was to blame.
+        host: its host name.
+        cause: what happened to it.
+        seconds: until steps were trained again.
+        steps_redone: steps that had been finished and were trained again.
+    """
+
+    time: str
+    rank: int | None
+    host: str | None
+    cause: str
+    seconds: float
+    steps_redone: int
+
+
+@dataclass(frozen=True)
 class History:
     """What a fit came to; the first three as in `keras.callbacks.History`.
 
@@ -21,6 +42,7 @@ class History:
         run_name: names the run in MLflow and its folder.
         url: the run's folder.
         open_command: what to type, or open, to look at the run in MLflow.
+        recoveries: the failures that it went on from.
     """
 
     history: dict[str, list[float]]
@@ -31,6 +53,7 @@ class History:
     run_name: str = ""
     url: str | None = None
     open_command: str | None = None
+    recoveries: list[Recovery] = field(default_factory=list)
 
     def plot(self) -> "Figure":
         """The curves, as a matplotlib figure."""

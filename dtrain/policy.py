@@ -30,6 +30,17 @@ def next_segment_steps(seconds_per_step: float | None, previous: int, remaining:
     return remaining if steps * 1.25 >= remaining else steps
 
 
+def failures_in_a_row(before: int, furthest: int, steps: int) -> int:
+    """How many failures there were without a newly finished step between them, this one included.
+
+    Args:
+        before: the number after the last failure.
+        furthest: steps that had been finished by then.
+        steps: steps that are finished now.
+    """
+    return 1 if steps > furthest else before + 1
+
+
 def steps_until_checkpoint(config: CheckpointConfig | None, step: int) -> int | None:
     """Mini-batches from `step` of the run to the next checkpoint that goes by steps, 1 or more; None: there is none."""
     if config is None or config.every_steps is None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from dtrain import arguments, cluster
 from dtrain.callback_state import import_state
-from dtrain.config import CheckpointConfig, MLflowConfig
+from dtrain.config import CheckpointConfig, FailureConfig, MLflowConfig
 from dtrain.controller import Controller
 from dtrain.data.given import Given
 from dtrain.data.source import DataSource
@@ -77,6 +77,8 @@ class Trainer:
         run_name: names the MLflow run and the folder under `storage_path`; None: a unique one, which is printed.
         storage_path: folder or fsspec URL of the runs; default ./dtrain_runs.
         checkpoint: True: after every epoch, the newest 3 kept; False: none; or a `dtrain.CheckpointConfig`.
+        failure: what a fit survives; None: `dtrain.FailureConfig()`: it goes on from its newest checkpoint, with new
+            workers, where some have died.
         tracking: True: MLflow with its defaults; False: none; or a `dtrain.MLflowConfig`.
 
     Raises:
@@ -109,6 +111,7 @@ class Trainer:
         run_name: str | None = None,
         storage_path: str | os.PathLike[str] | None = None,
         checkpoint: bool | CheckpointConfig = True,
+        failure: FailureConfig | None = None,
         tracking: bool | MLflowConfig = True,
     ) -> None:
         arguments.check_platform()
@@ -127,6 +130,9 @@ class Trainer:
         self.storage_path = os.fspath(storage_path) if storage_path is not None else "dtrain_runs"
         self.checkpoint = _config("checkpoint", checkpoint, CheckpointConfig)
         self.tracking = _config("tracking", tracking, MLflowConfig)
+        if failure is not None and not isinstance(failure, FailureConfig):
+            raise ConfigError(f"failure={failure!r} must be a dtrain.FailureConfig, or None")
+        self.failure = failure or FailureConfig()
         self.model_fn, self.config = model_fn, config
         self.deterministic = not use_gpu if deterministic is None else deterministic
         self.sync_batch_norm, self.sparse_as_dense = bool(sync_batch_norm), bool(sparse_as_dense)
@@ -183,8 +189,9 @@ class Trainer:
 
         Raises:
             ConfigError, DataError: what was passed is wrong; no worker was started.
-            CheckpointError: what is to be gone on from is missing, damaged, or or of another model.
-            WorkerError: a worker raised or died; carries its rank, host and traceback.
+            CheckpointError: what is to be gone on from is missing, damaged, or of another model.
+            WorkerError: a worker raised, or workers died more often than `failure` allows; carries the rank, host and
+                traceback of the one to blame.
             KeyboardInterrupt: Ctrl-C; for SIGTERM `dtrain.interrupts.Terminated`, which is one.
         """
         resume = check_resume(resume, self.run_name, self.checkpoint is not None)

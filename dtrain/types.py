@@ -268,9 +268,11 @@ class Failure:
         traceback: the traceback, from the user's own code on where there is any.
         lost_peer: the group broke under this rank, which did nothing wrong itself.
         cause: the exception itself, if it is one of dtrain's own.
+        died: the process ended, after it had started.
     """
 
     error: str
     traceback: str
     lost_peer: bool = False
     cause: Exception | None = None
+    died: bool = False

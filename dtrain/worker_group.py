@@ -25,7 +25,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dtrain.cluster import NAMESPACE, who_is_using
-from dtrain.errors import ConfigError, WorkerError
+from dtrain.errors import ConfigError, WorkerDied, WorkerError
 from dtrain.interrupts import Interrupts
 from dtrain.rendezvous import RendezvousServer, assign
 from dtrain.types import Array, Failure, ModelDescription, Progress, WorkerInfo, WorkerSettings
@@ -126,7 +126,8 @@ class WorkerGroup:
             What each rank returned, in rank order.
 
         Raises:
-            WorkerError: a worker died or raised. The group is closed by then, and what could be saved is `rescued`.
+            WorkerError: a worker raised, or died (`WorkerDied`). The group is closed by then, and what could be saved
+                is `rescued`.
             DtrainError: a worker raised one of dtrain's own; the same.
         """
         return self.wait(self.submit(method, *args), watch)
@@ -279,7 +280,7 @@ class WorkerGroup:
 
     def _error_from(self, failures: Mapping[int, Failure]) -> Exception:
         """One error for all that was reported: of a worker that is to blame, the lowest rank's."""
-        rank = min(failures, key=lambda rank: (failures[rank].lost_peer, rank))
+        rank = min(failures, key=lambda rank: (failures[rank].lost_peer, failures[rank].died, rank))
         failure = failures[rank]
         if failure.cause is not None:
             return failure.cause
@@ -290,7 +291,8 @@ class WorkerGroup:
             stopped = f"; ranks {', '.join(map(str, others))} were stopped"
         where = f"rank {rank} on {host or 'an unknown host'}"
         message = f"{where}: {failure.error}{stopped}"
-        return WorkerError(message, rank, host, failure.traceback)
+        kind = WorkerDied if failure.died or failure.lost_peer else WorkerError
+        return kind(message, rank, host, failure.traceback)
 
 
 _NOT_STARTED = (
@@ -315,9 +317,9 @@ def _outcome(call: Any) -> Any:
             return Failure(error=str(error.cause), traceback=error.traceback_str)
         if error.actor_init_failed:
             return Failure("the process started, but the worker in it could not", traceback=str(error))
-        return Failure(error=_why_it_died(error), traceback="")
+        return Failure(error=_why_it_died(error), traceback="", died=True)
     except WorkerCrashedError as error:
-        return Failure(error=_why_it_died(error), traceback="")
+        return Failure(error=_why_it_died(error), traceback="", died=True)
     except RuntimeEnvSetupError as error:
         return Failure(f"Ray could not set up runtime_env: {error.error_message}", traceback="")
     except RayError as error:

@@ -139,6 +139,7 @@ def drive(options: argparse.Namespace) -> None:
         config={"rows": len(data) + len(held_out), "steps": steps},
         run_name=options.run,
         checkpoint=dtrain.CheckpointConfig(every_steps=EVERY_STEPS, keep=2, monitor="val_loss"),
+        failure=dtrain.FailureConfig(max_failures=0),  # every kill ends the driver, too
         tracking=dtrain.MLflowConfig(log_model=False),
     ) as trainer:
         stop = keras.callbacks.EarlyStopping("val_loss", patience=3, restore_best_weights=True)

@@ -258,12 +258,26 @@ class TestBeforeAnythingStarts:
             ({"run_name": "nul\0"}, ["run_name="]),
             ({"checkpoint": "often"}, ["checkpoint='often'", "CheckpointConfig"]),
             ({"tracking": "yes"}, ["tracking='yes'", "MLflowConfig"]),
+            ({"failure": 3}, ["failure=3", "FailureConfig"]),
         ],
     )
     def test_arguments_of_the_trainer(self, arguments: dict[str, Any], words: list[str]) -> None:
         with pytest.raises(ConfigError) as caught:
             dtrain.Trainer(**{"model_fn": make_classifier, **arguments})
         assert all(word in str(caught.value) for word in words), str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("make", "words"),
+        [
+            (lambda: dtrain.CheckpointConfig(keep=0), "keep=0 must be 1 or more"),
+            (lambda: dtrain.CheckpointConfig(keep=2.5), r"keep=2\.5 must be 1 or more, and whole"),  # type: ignore[arg-type]
+            (lambda: dtrain.CheckpointConfig(monitor=["loss"]), "monitor=.* name of a metric"),  # type: ignore[arg-type]
+            (lambda: dtrain.FailureConfig(max_failures=-1), "max_failures=-1 must be a whole number"),
+        ],
+    )
+    def test_configurations(self, make: Any, words: str) -> None:
+        with pytest.raises(ConfigError, match=words):
+            make()
 
     def test_a_factory_that_cannot_travel_names_the_variable(self) -> None:
         lock = threading.Lock()

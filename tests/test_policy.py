@@ -5,7 +5,27 @@ import math
 import pytest
 
 from dtrain.config import CheckpointConfig
-from dtrain.policy import checkpoint_is_due, is_better, next_segment_steps, steps_until_checkpoint
+from dtrain.policy import (
+    checkpoint_is_due,
+    failures_in_a_row,
+    is_better,
+    next_segment_steps,
+    steps_until_checkpoint,
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "furthest", "steps", "number"),
+    [
+        (0, 0, 0, 1),  # before any step
+        (1, 0, 0, 2),
+        (2, 10, 10, 3),  # again at the same step
+        (2, 10, 7, 3),  # on the way to it, from a checkpoint
+        (2, 10, 11, 1),  # a step further
+    ],
+)
+def test_failures_count_until_a_step_is_new(before: int, furthest: int, steps: int, number: int) -> None:
+    assert failures_in_a_row(before, furthest, steps) == number
 
 
 @pytest.mark.parametrize(

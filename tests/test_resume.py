@@ -24,12 +24,12 @@ import dtrain
 from dtrain import fit_state
 from dtrain.callback_checkpoint import CallbackState
 from dtrain.checkpoint import CheckpointStore, Manifest, read_manifest
-from dtrain.errors import CheckpointError, ConfigError, TakenOver, WorkerError
+from dtrain.errors import CheckpointError, ConfigError, TakenOver, WorkerDied, WorkerError
 from dtrain.fit_run import newest_numbers
 from dtrain.fit_state import SavedFit, Snapshot, read, write
 from dtrain.lease import LEASE, Lease
 from dtrain.resume import check_plan, find, plan_on_record, with_seed_of
-from dtrain.runs import RunFolder, list_runs
+from dtrain.runs import RunFolder, find_run, list_checkpoints, list_runs
 from dtrain.types import Batching, BatchPlan, FitPlan, Position
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have the tests' folder on their path
@@ -231,7 +231,7 @@ def test_a_run_that_was_killed_and_interrupted_ends_as_if_it_had_not_been(straig
         KillsItself(14, place / "killed"),
         Signals(22, place / "interrupted", os.getpid(), signal.SIGINT),
     ]
-    with new_trainer("disturbed") as trainer:
+    with new_trainer("disturbed", failure=dtrain.FailureConfig(max_failures=0)) as trainer:
         with pytest.raises(WorkerError, match="rank 0 .* died"):
             trainer.fit(x, y, **FIT, callbacks=hooks, resume="auto")
         assert list_runs("dtrain_runs")[0].state == "failed"
@@ -249,6 +249,39 @@ def test_a_run_that_was_killed_and_interrupted_ends_as_if_it_had_not_been(straig
     with new_trainer("disturbed") as trainer:  # another process, that does not know how it went
         assert trainer.fit(x, y, **FIT, callbacks=hooks, resume="auto").history == straight.history.history
         assert trainer.workers == () and same(trainer.get_weights(), straight.weights)
+
+
+def test_a_fit_goes_on_by_itself_where_a_worker_died(straight: Straight, place: Path) -> None:
+    from mlflow import MlflowClient
+
+    hooks = [
+        KillsItself(14, place / "died"),
+        Signals(99, place / "never", 0, signal.SIGINT),
+    ]
+    with new_trainer("survived") as trainer:
+        history = trainer.fit(*blobs(100), **FIT, callbacks=hooks)
+        assert history.history == straight.history.history and history.epoch == straight.history.epoch
+        assert same(trainer.get_weights(), straight.weights) and same(optimizer_of(trainer), straight.optimizer)
+    (recovery,) = history.recoveries
+    assert recovery.rank == 0 and "died" in recovery.cause and recovery.seconds > 0 and recovery.steps_redone <= 2
+    assert journal_of("survived") == journal_of("straight")
+    tracked = MlflowClient("sqlite:///mlflow.db").get_run(history.run_id)
+    assert tracked.info.status == "FINISHED" and tracked.data.metrics["recoveries"] == 1
+
+
+class KillsItselfAlways(keras.callbacks.Callback):  # type: ignore[misc]
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if int(self.model.optimizer.iterations) == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_fit_that_dies_at_one_step_again_and_again_ends_and_names_it(place: Path) -> None:
+    failure = dtrain.FailureConfig(max_failures=1)
+    told = r"rank 0 .* died .* that was failure 2 in a row, after [456] steps"
+    with new_trainer("hopeless", num_workers=1, failure=failure, tracking=False) as trainer:
+        with pytest.raises(WorkerDied, match=told):
+            trainer.fit(*blobs(100), **FIT, callbacks=[KillsItselfAlways()])
+        assert list_checkpoints(find_run("dtrain_runs", "hopeless"))
 
 
 def test_a_driver_that_was_killed_is_followed_by_another(straight: Straight, place: Path) -> None:
