@@ -123,6 +123,9 @@ OPTIMIZERS = (
 
 MIXING_ROWS = ("loss_dice", "loss_tversky", "loss_circle", "loss_whole_batch")
 
+SUMS = ("loss_none",)
+"""Losses whose gradient is a sum over rows: no share is taken of them, so a wrong one changes nothing."""
+
 MORE_FEATURES = (
     *OPTIMIZERS,
     *MIXING_ROWS,

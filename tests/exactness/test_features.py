@@ -9,6 +9,7 @@ from exactness.cases import (
     FEATURES,
     MORE_FEATURES,
     ONE_RANK_ONLY,
+    SUMS,
     UNEVEN,
     Run,
     Size,
@@ -59,7 +60,7 @@ def test_n_ranks_end_where_plain_keras_does(
     assert not too_large
 
 
-@pytest.mark.parametrize(("world_size", "feature", "dtype"), TOGETHER)
+@pytest.mark.parametrize(("world_size", "feature", "dtype"), [p for p in TOGETHER if p.values[1] not in SUMS])
 def test_the_comparison_sees_a_mistake(lab: Any, world_size: int, feature: str, dtype: str) -> None:
     """The same comparison fails where every rank counts 1/N, whatever its rows, or sees its own rows alone.
 
