@@ -220,7 +220,8 @@ import keras, numpy, sys, tensorflow as tf
 rows = numpy.load(sys.argv[1])
 model = keras.models.load_model("digits.keras")
 assert model.optimizer.iterations == 8
-numpy.save(sys.argv[1], [model.predict(rows, verbose=0), tf.saved_model.load("served").serve(rows).numpy()])
+served = tf.saved_model.load("served")
+numpy.save(sys.argv[1], [model.predict(rows, verbose=0), served.serve(rows).numpy()])
 """
     np.save(place.here / "rows.npy", rows[50:].astype("float32"))
     subprocess.run([sys.executable, "-c", script, "rows.npy"], cwd=place.here, timeout=PATIENCE, check=True)
