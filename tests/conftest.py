@@ -88,14 +88,14 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return urls.get(request.param, f"memory://{uuid.uuid4().hex}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def one_worker(local_ray: None) -> Iterator[Any]:
     """A Trainer whose worker is given one model after the other (see warm.py)."""
     with warm.new_trainer(1) as trainer:
         yield trainer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def two_workers(local_ray: None) -> Iterator[Any]:
     with warm.new_trainer(2) as trainer:
         yield trainer
