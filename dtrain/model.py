@@ -120,17 +120,22 @@ def has_own_loss(model: keras.Model) -> bool:
     steps = ("train_step", "compute_loss")
     if any(getattr(type(model), step) is not getattr(keras.Model, step) for step in steps):
         return True
-    return not all(_is_keras_s(loss) for loss in keras.tree.flatten(model.loss) if loss is not None)
+    return not _is_keras_s(model.loss)
 
 
 def _is_keras_s(loss: Any) -> bool:
+    """Whether a loss, or all in a nested structure of them, is Keras's own; None is."""
+    if isinstance(loss, (Mapping, list, tuple)):
+        return all(map(_is_keras_s, loss.values() if isinstance(loss, Mapping) else loss))
+    if loss is None:
+        return True
     if isinstance(loss, str):
         try:
             loss = keras.losses.get(loss)
         except ValueError:  # known by a name of the user's
             return False
     parts = [loss, *([loss.fn] if hasattr(loss, "fn") else [])]
-    return all(str(part.__module__).partition(".")[0] == "keras" for part in parts)
+    return all(str(getattr(part, "__module__", "")).partition(".")[0] == "keras" for part in parts)
 
 
 def describe(model: keras.Model) -> ModelDescription:

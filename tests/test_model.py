@@ -1,5 +1,6 @@
 """Claims about a model as a whole: what it holds, and its state."""
 
+import functools
 from typing import Any
 
 import keras
@@ -54,7 +55,10 @@ class OwnStep(keras.Sequential):  # type: ignore[misc]
         (keras.Sequential, keras.losses.mean_squared_error, False),
         (keras.Sequential, [keras.losses.Huber()], False),
         (keras.Sequential, {"a": "mse", "b": None}, False),
+        (keras.Sequential, ("mse", {"a": keras.losses.Huber()}), False),
+        (keras.Sequential, ("mse", {"a": masked}), True),
         (keras.Sequential, masked, True),
+        (keras.Sequential, functools.partial(masked), True),
         (keras.Sequential, {"a": "mse", "b": Masked()}, True),
         (keras.Sequential, MaskedError(), True),
         (OwnStep, "mse", True),
