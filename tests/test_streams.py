@@ -430,6 +430,9 @@ class Told:
     def open(self) -> None:
         self.passes = self.begun = self.ended = self.whole = 0
 
+    def shapes(self) -> Any:
+        return {}
+
     def begin_pass(self, number: int) -> None:
         assert number == self.passes
 
