@@ -479,6 +479,24 @@ def test_a_feed_goes_to_any_position_as_if_it_had_read_all_before_it(
         assert told(feed(), Position(epoch, step), 6) == expected, (epoch, step)
 
 
+@pytest.mark.parametrize("length", [6, None])
+@pytest.mark.parametrize("steps", [None, 2, 6, 7])
+def test_passes_that_are_skipped_count_as_read(steps: int | None, length: int | None) -> None:
+    def feed() -> StreamLoader:
+        opened = StreamLoader(Told(length), 0, 1, list, purpose="validation", steps=steps)
+        opened.first()
+        return opened
+
+    def one_pass(feed: StreamLoader) -> list[Any]:
+        return [chunk.data[0].tolist() for chunk in feed.one_pass(1)]
+
+    straight = feed()
+    for number, expected in enumerate([one_pass(straight) for _ in range(3)]):
+        gone_on = feed()
+        gone_on.skip_passes(number)
+        assert one_pass(gone_on) == expected, number
+
+
 @in_float64
 def segments_past_the_end(collective: Any) -> Any:
     from dtrain.replica import Replica
