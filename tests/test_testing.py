@@ -49,10 +49,10 @@ def measuring() -> Any:
             super().__init__(name="largest")
             self.value = self.add_variable((), "zeros", name="value")
 
-        def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        def update_state(self, y_true: object, y_pred: object, sample_weight: object = None) -> None:
             self.value.assign(keras.ops.maximum(self.value, keras.ops.max(keras.ops.abs(y_pred))))
 
-        def result(self) -> Any:
+        def result(self) -> object:
             return self.value
 
     model = make_model("mse")
