@@ -137,7 +137,8 @@ def test_it_outlives_workers_that_only_predict_and_weights_that_are_set(weights:
 def test_it_is_restored_from_a_checkpoint(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Group().train()
     tensors = {checkpoints.MODEL_FILE: first.replica.read_state()}
-    monkeypatch.setattr("dtrain.weights.load", lambda url: SimpleNamespace(tensors=tensors))
+    loaded = SimpleNamespace(tensors=tensors, manifest=SimpleNamespace(world_size=1))
+    monkeypatch.setattr("dtrain.weights.load", lambda url: loaded)
     weights.take_checkpoint("somewhere", None)
     weights.local_model(None)
     second = Group(8).build()
