@@ -5,6 +5,7 @@ run on rank 0 alone; what such a hook does to `stop_training`, the optimizers, t
 is broadcast after it.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -65,7 +66,6 @@ class RankCallbacks:
         own = [c for c in callbacks if collective.rank == 0 or runs_on_every_rank(c)]
         self._list = keras.callbacks.CallbackList(own, add_history, model=model, **params)
         self._given = callbacks
-        self._has_other_schedule = False
         self._with_batches = {
             kind: any(_looks_at_batches(callback, kind) for callback in callbacks)
             for kind in ("train", "test", "predict")
@@ -77,11 +77,8 @@ class RankCallbacks:
 
     def __call__(self, hook: str, *args: Any, logs: Logs | None = None) -> None:
         """Call `hook` of every callback that runs here; afterwards its effects hold on all ranks."""
-        schedules = _schedules_of(self._model)
         with recorded_assignments() as assigned:
             getattr(self._list, hook)(*args, logs)
-        if _schedules_of(self._model) != schedules:
-            self._has_other_schedule = True
         if self._collective.world_size > 1 and self._only_first and self._may_differ(hook):
             self._agree(hook, assigned)
 
@@ -110,10 +107,10 @@ class RankCallbacks:
         variables = _variables_of(self._model)
         changed = [i for i, v in enumerate(variables) if any(v is other for other in assigned)]
         flags = {flag: bool(getattr(self._model, flag, False)) for flag in _FLAGS}
-        frozen = [not layer.trainable for layer in layers_of(self._model)]
-        decision = {"flags": flags, "changed": changed, "frozen": frozen, "refused": self._has_other_schedule}
+        frozen, schedules = [not layer.trainable for layer in layers_of(self._model)], _schedules_of(self._model)
+        decision = {"flags": flags, "changed": changed, "frozen": frozen, "schedules": schedules}
         decision = self._collective.broadcast_json(decision, f"{hook}.decision")
-        if decision["refused"]:
+        if decision["schedules"] != schedules:
             raise ConfigError(
                 f"a callback gave an optimizer a schedule in {hook}, on rank 0 alone; assign numbers, or let model_fn"
                 " make the optimizer with the schedule"
@@ -150,9 +147,16 @@ def _variables_of(model: keras.Model) -> list[Any]:
     return [*own, *(variable for optimizer in optimizers_of(model) for variable in optimizer.variables)]
 
 
-def _schedules_of(model: keras.Model) -> list[Any]:
-    """Of each optimizer the schedule of its learning rate, or None."""
-    return [schedule_of(optimizer) for optimizer in optimizers_of(model)]
+def _schedules_of(model: keras.Model) -> list[str]:
+    """Of each optimizer what tells the schedule of its learning rate from others, and from none."""
+    found = []
+    for optimizer in optimizers_of(model):
+        schedule = schedule_of(optimizer)
+        config = ""
+        with contextlib.suppress(NotImplementedError):  # of one of the user's own
+            config = str(schedule.get_config()) if schedule is not None else ""
+        found.append(f"{type(schedule).__name__} {config}")
+    return found
 
 
 def _looks_at_batches(callback: keras.callbacks.Callback, kind: str) -> bool:
