@@ -26,6 +26,9 @@ from dtrain.types import Logs
 
 T = TypeVar("T")
 
+Hook = tuple[str, tuple[Any, ...]]
+"""A hook's name and its arguments."""
+
 _DECIDING = (
     keras.callbacks.EarlyStopping,
     keras.callbacks.ReduceLROnPlateau,
@@ -66,6 +69,8 @@ class RankCallbacks:
         own = [c for c in callbacks if collective.rank == 0 or runs_on_every_rank(c)]
         self._list = keras.callbacks.CallbackList(own, add_history, model=model, **params)
         self._given = callbacks
+        self._half_done: tuple[Hook, list[Any]] | None = None  # and what it has assigned: not agreed upon yet
+        self._owes_first = False  # of it, what runs on rank 0 alone
         self._with_batches = {
             kind: any(_looks_at_batches(callback, kind) for callback in callbacks)
             for kind in ("train", "test", "predict")
@@ -76,15 +81,37 @@ class RankCallbacks:
         return self._with_batches[kind]
 
     def __call__(self, hook: str, *args: Any, logs: Logs | None = None) -> None:
-        """Call `hook` of every callback that runs here; afterwards its effects hold on all ranks."""
-        with recorded_assignments() as assigned:
-            getattr(self._list, hook)(*args, logs)
+        """Call `hook` of every callback that runs here; afterwards its effects hold on all ranks.
+
+        Where a lost peer keeps the ranks from agreeing it is to be called once more: only that is then made up for.
+        """
+        if self._half_done is None or self._half_done[0] != (hook, args):
+            with recorded_assignments() as assigned:
+                getattr(self._list, hook)(*args, logs)
+            self._half_done = (hook, args), assigned
+        elif self._owes_first:
+            with recorded_assignments() as assigned:
+                for callback in self._only_first:
+                    getattr(callback, hook)(*args, logs)
+            self._half_done = (hook, args), assigned
+        self._owes_first = False
         if self._collective.world_size > 1 and self._only_first and self._may_differ(hook):
-            self._agree(hook, assigned)
+            self._agree(hook, self._half_done[1])
+        self._half_done = None
 
     def call_here(self, hook: str, *args: Any, logs: Logs | None = None) -> None:
         """Call `hook` on this rank alone; its effects stay here."""
         getattr(self._list, hook)(*args, logs)
+
+    @property
+    def half_done(self) -> Hook | None:
+        """The hook that was called here and that the ranks have yet to agree on."""
+        return self._half_done[0] if self._half_done is not None else None
+
+    def take_over(self, half_done: Hook | None) -> None:
+        """Go on as another rank would, whose callbacks' state these have by now."""
+        self._half_done = (half_done, []) if half_done is not None else None
+        self._owes_first = half_done is not None and self._collective.rank == 0
 
     def history(self) -> dict[str, list[float]]:
         """Keras's History of the fit so far."""
@@ -94,6 +121,10 @@ class RankCallbacks:
     def with_state(self) -> list[keras.callbacks.Callback]:
         """All whose state belongs to a fit: Keras's History and then the user's, in the order given."""
         return [self._model.history, *self._given]
+
+    def is_on_first_only(self, callback: keras.callbacks.Callback) -> bool:
+        """Whether what `with_state` has in it is complete on rank 0 alone."""
+        return any(callback is other for other in (self._model.history, *self._only_first))
 
     def _may_differ(self, hook: str) -> bool:
         """Whether `hook` may have had another effect on rank 0 than on others.

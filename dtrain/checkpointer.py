@@ -16,7 +16,7 @@ from dtrain.config import CheckpointConfig
 from dtrain.errors import CheckpointError, TakenOver
 from dtrain.policy import checkpoint_is_due, is_better, steps_until_checkpoint
 from dtrain.types import Logs, Position
-from dtrain.worker_group import WorkerGroup
+from dtrain.worker_group import GroupBroken, WorkerGroup
 
 log = logging.getLogger("dtrain")
 
@@ -120,7 +120,8 @@ class Checkpointer:
 
     def take(self, step: int, metrics: Logs, **extra: Any) -> None:
         """Have the workers copy the state as it is now, and write that while they train on."""
-        position: Position = self._group.call("snapshot", step, watch=self._watch)[0]
+        calls = self._group.submit("snapshot", step)
+        position: Position = self._group.wait(calls, self._watch, survivable=True)[0]
         self.write(step, step, position, metrics, **extra)
 
     def write(self, key: int, step: int, position: Position, metrics: Logs, **extra: Any) -> None:
@@ -149,15 +150,19 @@ class Checkpointer:
     def finish(self) -> None:
         """Wait for what is being written, and commit it.
 
+        What a worker died over is none: whoever waits for the workers next will see it.
+
         Raises:
-            WorkerError: a worker died or raised meanwhile.
+            WorkerError: a worker raised meanwhile.
         """
         writing, saving = self._writing, self._saving
         if writing is None or saving is None:
             return
         self._is_finishing = True
         try:
-            written = self._group.wait(writing.calls, self._watch)
+            written = self._group.wait(writing.calls, self._watch, survivable=True)
+        except GroupBroken as error:
+            written = [CheckpointError(str(error))]
         finally:
             self._is_finishing = False
         self._writing = None

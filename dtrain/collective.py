@@ -83,23 +83,40 @@ class LocalCollective:
 
 
 class HorovodCollective:
-    """A place in a group of processes that Horovod joins over Gloo.
+    """A place in a group of processes that Horovod joins over Gloo; the group may be formed anew around it.
+
+    Until it has joined one, what the ranks would agree on is what this one says: so a newcomer gets ready alone, to
+    be what the others are.
 
     Args:
         membership: this process's place.
-        rendezvous: where the group meets, as `dtrain.rendezvous.RendezvousServer` gives it.
-        interface: the network interface that the group talks over; "lo" when all ranks are on one machine.
-        timeout: seconds after which a silent peer counts as gone.
-
-    A failure inside Horovod's start aborts the process (SIGABRT); it cannot be caught here.
     """
 
-    def __init__(self, membership: Membership, rendezvous: str, interface: str, timeout: float = 60.0) -> None:
-        os.environ.update(horovod_environment(membership, rendezvous, interface, timeout))
+    def __init__(self, membership: Membership) -> None:
         import horovod.tensorflow as hvd
 
-        hvd.init()
         self._hvd = hvd
+        self._is_member = False
+        self._take(membership)
+
+    def join(self, membership: Membership, rendezvous: str, interface: str, timeout: float = 60.0) -> None:
+        """Leave the group that there was, and form one with all that meet at `rendezvous`. Traced graphs stay good.
+
+        Args:
+            membership: this process's place in it.
+            rendezvous: where it meets, as `dtrain.rendezvous.RendezvousServer` gives it.
+            interface: the network interface that the group talks over; "lo" when all ranks are on one machine.
+            timeout: seconds after which a silent peer counts as gone.
+
+        A failure inside Horovod's start aborts the process (SIGABRT); it cannot be caught here.
+        """
+        self.close()
+        os.environ.update(horovod_environment(membership, rendezvous, interface, timeout))
+        self._hvd.init()
+        self._is_member = True
+        self._take(membership)
+
+    def _take(self, membership: Membership) -> None:
         self.rank = membership.rank
         self.world_size = membership.world_size
 
@@ -143,8 +160,8 @@ class HorovodCollective:
         return gather(tensor)
 
     def broadcast(self, arrays: Sequence[Array], name: str, root: int = 0) -> list[Array]:
-        if not arrays:
-            return []
+        if not arrays or not self._is_member:
+            return list(arrays)
         own = np.concatenate([_as_bytes(array) for array in arrays])
         received = self._broadcast_bytes(own, name, root)
         ends = np.cumsum([array.nbytes for array in arrays])
@@ -152,6 +169,8 @@ class HorovodCollective:
         return [part.view(array.dtype).reshape(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
     def broadcast_json(self, value: Any, name: str, root: int = 0) -> Any:
+        if not self._is_member:
+            return value
         own = np.frombuffer(json.dumps(value).encode(), np.uint8)
         length = self._broadcast_bytes(np.array([own.size], np.int64).view(np.uint8), f"{name}.length", root)
         size = int(length.view(np.int64)[0])
@@ -159,12 +178,16 @@ class HorovodCollective:
         return json.loads(received.tobytes())
 
     def all_gather_json(self, value: Any, name: str) -> list[Any]:
+        if not self._is_member:
+            return [value] * self.world_size
         own = np.frombuffer(json.dumps(value).encode() + b"\n", np.uint8)  # JSON itself has no line breaks
         every: bytes = self._hvd.allgather(tf.constant(own), name=name).numpy().tobytes()
         return [json.loads(line) for line in every.splitlines()]
 
     def close(self) -> None:
-        self._hvd.shutdown()
+        if self._is_member:
+            self._hvd.shutdown()
+        self._is_member = False
 
     def _broadcast_bytes(self, data: Array, name: str, root: int) -> Array:
         received: Array = self._hvd.broadcast(tf.constant(data), root, name=name).numpy()

@@ -6,7 +6,7 @@ needs comes in through the constructor.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,13 +14,15 @@ from typing import Any, Protocol
 from dtrain import cluster
 from dtrain.checkpoint import Checkpoint
 from dtrain.checkpointer import Checkpointer, Saving
+from dtrain.config import FailureConfig
 from dtrain.data.sampler import Sampler
-from dtrain.fit_state import SavedFit
+from dtrain.fit_state import Lost, SavedFit, Standing
 from dtrain.interrupts import Interrupts
 from dtrain.policy import next_segment_steps
+from dtrain.recoveries import Recoveries
 from dtrain.tracking import Tracker
 from dtrain.types import Batching, BatchPlan, EpochEnd, FitPlan, Logs, Position, Segment, SegmentResult
-from dtrain.worker_group import LAST_PROGRESS_SECONDS, PROGRESS_SECONDS, WorkerGroup
+from dtrain.worker_group import LAST_PROGRESS_SECONDS, PROGRESS_SECONDS, GroupBroken, WorkerGroup
 
 
 class Display(Protocol):
@@ -35,6 +37,8 @@ class Display(Protocol):
     def expect(self, steps_per_epoch: int | None) -> None: ...
 
     def status(self, message: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
     def print(self, text: str) -> None: ...
 
@@ -52,11 +56,19 @@ class FitRecord:
     epochs: list[int] = field(default_factory=list)
     callback_states: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: Checkpoint | None = None
-    first_result: float | None = None  # when the first steps of this start were finished: seconds, monotonic
 
 
 class Controller:
-    """Runs fits on a group of workers."""
+    """Runs a fit, or an evaluate or predict, on a group of workers.
+
+    Args:
+        group: its workers.
+        tracker: told what they come to.
+        display: shows it.
+        interrupts: what ends it early.
+        recoveries: what a fit survives, and has survived.
+        clock: seconds, monotonic.
+    """
 
     def __init__(
         self,
@@ -64,9 +76,11 @@ class Controller:
         tracker: Tracker,
         display: Display,
         interrupts: Interrupts | None = None,
+        recoveries: Recoveries | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._interrupts = interrupts or Interrupts()
+        self._recoveries = recoveries or Recoveries(FailureConfig(max_failures=0))
         self._group = group
         self._tracker = tracker
         self._display = display
@@ -74,6 +88,9 @@ class Controller:
         self._rate: float | None = None
         self._shown = ("train", 0)
         self._newest: SegmentResult | None = None
+        self._segments = 0  # finished and taken in
+        self._last: list[SegmentResult] = []  # of them, what each rank returned
+        self._epoch_started = 0.0
         self._checkpointer: Checkpointer | None = None
 
     def fit(
@@ -115,13 +132,16 @@ class Controller:
                 first = record.steps
                 if plan.epochs > record.position.epoch:
                     checkpointer.write_first(first)
-                self._run_epochs(plan, steps, record, checkpointer)
+                self._run_epochs(plan, callbacks, steps, record, checkpointer)
                 if self._interrupts.requested:
                     self._display.status("interrupted: writing a checkpoint")
                     self._save(checkpointer, record)
                 else:
                     has_news = record.steps > first or (plan.epochs > plan.initial_epoch and not is_finished)
                     self._finish(checkpointer, record, has_news)
+        except GroupBroken as broken:  # where nothing more is trained
+            self._group.fail()
+            raise broken.error from None
         finally:
             record.checkpoint = checkpointer.newest or record.checkpoint
             self._checkpointer = None
@@ -151,17 +171,36 @@ class Controller:
         return results
 
     def _run_epochs(
-        self, plan: FitPlan, steps: BatchPlan | int | None, record: FitRecord, checkpointer: Checkpointer
+        self,
+        plan: FitPlan,
+        callbacks: bytes,
+        steps: BatchPlan | int | None,
+        record: FitRecord,
+        checkpointer: Checkpointer,
     ) -> None:
-        """Train from where `record` stands to the end, or until a callback or an interrupt stops it."""
+        """Train from where `record` stands to the end, or until a callback or an interrupt stops it.
+
+        Where the group breaks it is formed anew, and goes on.
+        """
         sampler = Sampler(steps, plan.initial_epoch) if isinstance(steps, BatchPlan) else None
-        while record.position.epoch < plan.epochs and not record.stopped and not self._interrupts.requested:
+        broken: GroupBroken | None = None
+        while broken is not None or not self._is_over(plan, record):
             epoch = record.position.epoch
             num_steps = steps if isinstance(steps, int) else sampler.steps_in_epoch(epoch) if sampler else None
-            self._run_epoch(num_steps, record, checkpointer)
-            has_ended, is_last = record.position.epoch > epoch, record.position.epoch >= plan.epochs
-            if has_ended and not is_last and not record.stopped and checkpointer.is_due(epoch, record.steps):
-                checkpointer.take(record.steps, record.logs)
+            try:
+                if broken is not None:
+                    failure, broken = broken, None
+                    self._go_on(failure, plan, callbacks, record)
+                else:
+                    self._run_epoch(num_steps, record, checkpointer)
+                has_ended, is_last = record.position.epoch > epoch, record.position.epoch >= plan.epochs
+                if has_ended and not is_last and not record.stopped and checkpointer.is_due(epoch, record.steps):
+                    checkpointer.take(record.steps, record.logs)
+            except GroupBroken as error:
+                broken = error
+
+    def _is_over(self, plan: FitPlan, record: FitRecord) -> bool:
+        return record.position.epoch >= plan.epochs or record.stopped or self._interrupts.requested
 
     def _run_epoch(self, num_steps: int | None, record: FitRecord, checkpointer: Checkpointer) -> None:
         """Send the epoch's segments, one ahead of the one that runs, and take in what comes back.
@@ -173,38 +212,85 @@ class Controller:
         before = record.steps - step  # steps of the run before this epoch
         self._shown = ("train", epoch)
         self._display.begin_epoch(epoch)
-        started = self._clock()
+        if step == 0:
+            self._epoch_started = self._clock()
         sent: deque[tuple[Segment | int, list[Any]]] = deque()  # a number: the snapshot of that step
         result: SegmentResult | None = None
-        while result is None or not (result.epoch_end or result.stop):
-            # Nothing is sent ahead before anything is measured, or into the next epoch: a callback may stop there.
-            while (num_steps is None or step < num_steps) and _segments(sent) < (2 if self._newest else 1):
-                if self._interrupts.requested and result is not None:
-                    break
-                due = checkpointer.steps_until_due(before + step)
-                left = None if num_steps is None else num_steps - step
-                segment = self._next_segment(Position(epoch, step), left, due)
-                if segment.num_steps == due and len(sent) > _segments(sent):
-                    break  # two copies of the state at most: the snapshot before is to be written first
-                sent.append((segment, self._group.submit("run", segment)))
-                step += segment.num_steps
-                if segment.num_steps == due and step != num_steps:
-                    sent.append((before + step, self._group.submit("snapshot", before + step)))
-            if not sent:
-                return
-            item, calls = sent.popleft()
-            answer = self._group.wait(calls, self._watch)[0]
-            if isinstance(item, Segment):
-                result = self._take_in(item, answer, record)
-            else:
-                checkpointer.write(item, record.steps, answer, record.logs)
+        try:
+            while result is None or not (result.epoch_end or result.stop):
+                # Nothing is sent ahead before anything is measured, or into the next epoch: a callback may stop there.
+                while (num_steps is None or step < num_steps) and _segments(sent) < (2 if self._newest else 1):
+                    if self._interrupts.requested and result is not None:
+                        break
+                    due = checkpointer.steps_until_due(before + step)
+                    left = None if num_steps is None else num_steps - step
+                    segment = self._next_segment(Position(epoch, step), left, due)
+                    if segment.num_steps == due and len(sent) > _segments(sent):
+                        break  # two copies of the state at most: the snapshot before is to be written first
+                    sent.append((segment, self._group.submit("run", segment)))
+                    step += segment.num_steps
+                    if segment.num_steps == due and step != num_steps:
+                        sent.append((before + step, self._group.submit("snapshot", before + step)))
+                if not sent:
+                    return
+                item, calls = sent.popleft()
+                answers = self._group.wait(calls, self._watch, survivable=True)
+                if isinstance(item, Segment):
+                    result = self._take_in(answers, record)
+                else:
+                    checkpointer.write(item, record.steps, answers[0], record.logs)
+        except GroupBroken:
+            for _, calls in sent:
+                self._group.drain(calls)
+            raise
         for _, calls in sent:  # sent before a callback or the data ended the epoch: the workers pass over it
-            self._group.wait(calls, self._watch)
-        if result.epoch_end:
-            self._end_epoch(result.epoch_end, self._clock() - started, record)
-            if num_steps is None and not result.stop:
-                record.steps_per_epoch = record.steps - before
-                self._display.expect(record.steps_per_epoch)
+            self._group.wait(calls, self._watch, survivable=True)
+        if result.epoch_end and num_steps is None and not result.stop:
+            record.steps_per_epoch = record.steps - before
+            self._display.expect(record.steps_per_epoch)
+
+    def _go_on(self, broken: GroupBroken, plan: FitPlan, callbacks: bytes, record: FitRecord) -> None:
+        """Form the group anew, with new processes for the dead, from where the furthest of the others is.
+
+        Raises:
+            WorkerDied: that is not to be; the group is closed.
+        """
+        group, dead = self._group, broken.dead
+        left = [rank for rank in range(len(group.workers)) if rank not in dead]
+        found: list[Standing] = group.wait(group.submit("standing", ranks=left), ranks=left)
+        if not all(standing.goes_on for standing in found):
+            group.fail()
+            raise broken.error
+        try:
+            self._recoveries.begin(broken.error, record.steps)
+        except BaseException:
+            group.fail()
+            raise
+        self._display.note(f"{broken.error.message}: going on without a step lost ({self._recoveries})")
+        standings = dict(zip(left, found, strict=True))
+        furthest = max(left, key=lambda rank: (standings[rank].place, -rank))
+        newest = standings[furthest].result
+        if standings[furthest].segments > self._segments and newest is not None:
+            self._take_in([newest], record)  # the last to finish it did not live to say so
+        (handover,) = group.submit("hand_over", ranks=[furthest])
+        if dead:
+            group.replace(dead, self._display.status)
+            lost = self._lost(record.position, is_first=0 in dead)
+            calls = group.submit("begin_fit", plan, callbacks, handover=handover, lost=lost, ranks=dead)
+            group.wait(calls, self._watch, ranks=dead)
+        behind = [rank for rank in left if standings[rank].place < standings[furthest].place]
+        group.wait(group.submit("catch_up", handover, ranks=behind), self._watch, ranks=behind)
+        group.form()
+        answers = group.wait(group.submit("go_on"), self._watch, survivable=True)
+        if answers[0] is not None:
+            self._take_in(answers, record)
+
+    def _lost(self, position: Position, is_first: bool) -> Lost:
+        """What the dead have told of what each rank alone has; metrics begin anew with each epoch."""
+        last = self._last
+        in_epoch = bool(last) and last[0].position.epoch == position.epoch and last[0].position.step > 0
+        own = tuple(result.own for result in last) if in_epoch and all(result.own for result in last) else ()
+        return Lost(own, list(last[0].callbacks) if last and is_first else [])
 
     def _save(self, checkpointer: Checkpointer, record: FitRecord, **extra: Any) -> None:
         """Make a checkpoint, and wait for it."""
@@ -219,12 +305,17 @@ class Controller:
         num_steps = next_segment_steps(pace, newest.num_steps if newest else 0, remaining)
         return Segment(position, num_steps if due is None else min(num_steps, due))
 
-    def _take_in(self, segment: Segment, result: SegmentResult, record: FitRecord) -> SegmentResult:
-        rate = None
+    def _take_in(self, answers: Sequence[SegmentResult], record: FitRecord) -> SegmentResult:
+        """What the ranks returned of a segment."""
+        result, rate = answers[0], None
+        step = record.position.step + result.num_steps
         if result.num_steps:
-            record.first_result = record.first_result or self._clock()
+            self._recoveries.settle()
             self._newest = result
             rate = self._rate = result.rows / result.seconds if result.seconds else None
+        if result.num_steps or result.epoch_end is not None:
+            self._segments += 1
+            self._last = list(answers) if len(answers) == len(self._group.workers) else []
         record.steps += result.num_steps
         self._tracker.log_steps(record.steps - _length(result.step_logs), result.step_logs, result.seconds)
         record.position, record.stopped = result.position, result.stop
@@ -234,7 +325,9 @@ class Controller:
             if result.learning_rate is not None:
                 pace["learning_rate"] = result.learning_rate
             self._tracker.log(record.steps - 1, pace)
-        self._display.update(segment.position.step + result.num_steps, result.logs, rate)
+        self._display.update(step, result.logs, rate)
+        if result.epoch_end is not None:
+            self._end_epoch(result.epoch_end, self._clock() - self._epoch_started, record)
         return result
 
     def _end_epoch(self, end: EpochEnd, seconds: float, record: FitRecord) -> None:

@@ -4,9 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,10 +19,10 @@ from dtrain.data.source import keras_batch
 from dtrain.description import describe_run, versions
 from dtrain.errors import ConfigError, TakenOver, WorkerDied
 from dtrain.fit_state import SavedFit, history_of, read
-from dtrain.history import History, Recovery
+from dtrain.history import History
 from dtrain.lease import Lease
-from dtrain.policy import failures_in_a_row
 from dtrain.progress import ProgressBar
+from dtrain.recoveries import Recoveries
 from dtrain.resume import (
     AUTO,
     Resume,
@@ -83,9 +81,7 @@ class FitRun:
         self._passed_over: Sequence[str] = ()
         self._saved: SavedFit | None = None
         self._is_done = False  # an earlier attempt did all, and has said so
-        self._failures, self._furthest = 0, 0  # deaths without a newly finished step between them, and that step
-        self._recoveries: list[Recovery] = []
-        self._recovering: tuple[Recovery, float] | None = None  # and when it was noticed: seconds, monotonic
+        self._recoveries = Recoveries(trainer.failure, self._log_recoveries)
         self._tracker: Tracker = NullTracker()
         if trainer.tracking is not None or trainer.checkpoint is not None:
             self._goes_on = resume == AUTO or _is_of_run(resume, trainer.storage_path, name)
@@ -156,44 +152,30 @@ class FitRun:
                 break
             except WorkerDied as error:
                 self._fall_back(error)
-        self._settle_recovery()
+        self._recoveries.settle()
         for callback, state in zip(callbacks, self._record.callback_states, strict=True):
             import_state(callback, state)
         self._log_results()
 
     def _fall_back(self, error: WorkerDied) -> None:
         """Get ready to go on from the newest checkpoint; raises the error where that is not to be."""
-        self._settle_recovery()
-        record, limit = self._record, self._trainer.failure.max_failures
-        self._failures = failures_in_a_row(self._failures, self._furthest, record.steps)
-        finished, self._furthest = record.steps, max(self._furthest, record.steps)
-        if self._failures > limit or self._folder is None or self._folder.checkpoints.latest() is None:
-            if self._failures > 1:
-                error.message += f"; that was failure {self._failures} in a row, after {self._furthest} steps"
-            raise error
-        noticed = time.monotonic()
+        record = self._record
+        self._recoveries.begin(error, record.steps)
+        if self._folder is None or self._folder.checkpoints.latest() is None:
+            raise self._recoveries.last_word(error)
+        finished = record.steps
         self._goes_on = True
         self._find_start(AUTO)
         assert self._loaded is not None
         self._trainer.keep_for_fall_back(self._loaded.checkpoint.url)
-        record.first_result = None
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        recovery = Recovery(now, error.rank, error.host, error.message, 0.0, max(0, finished - record.steps))
-        self._recovering = recovery, noticed
+        self._recoveries.redo(max(0, finished - record.steps))
         place = in_words(record.position)
-        self._display.note(f"{error.message}: going on at {place} with new workers ({self._failures} of {limit})")
+        self._display.note(f"{error.message}: going on at {place} with new workers ({self._recoveries})")
 
-    def _settle_recovery(self) -> None:
-        """Put the last recovery on record: when it ended is known now."""
-        if self._recovering is None:
-            return
-        recovery, noticed = self._recovering
-        self._recovering = None
-        seconds = (self._record.first_result or time.monotonic()) - noticed
-        self._recoveries.append(dataclasses.replace(recovery, seconds=seconds))
-        self._tracker.log(self._record.steps, {"recoveries": len(self._recoveries)})
-        listed = [dataclasses.asdict(recovery) for recovery in self._recoveries]
-        self._tracker.log_text(json.dumps(listed, indent=1), RECOVERIES)
+    def _log_recoveries(self) -> None:
+        done = self._recoveries.done
+        self._tracker.log(self._record.steps, {"recoveries": len(done)})
+        self._tracker.log_text(json.dumps([dataclasses.asdict(recovery) for recovery in done], indent=1), RECOVERIES)
 
     def _train_on(self, callbacks: Sequence[Any]) -> None:
         trainer, wanted, plan = self._trainer, self._wanted, self._plan
@@ -210,7 +192,7 @@ class FitRun:
             self._model = group.description
             self._announce(changed)
         trainer.weights_change()
-        Controller(group, self._tracker, self._display, trainer.interrupts).fit(
+        Controller(group, self._tracker, self._display, trainer.interrupts, self._recoveries).fit(
             plan,
             opened.plan or opened.steps_per_epoch,
             pickled_hooks(callbacks, self._verbose),
@@ -363,7 +345,7 @@ class FitRun:
             run_name=self._name,
             url=self._folder.url if self._folder is not None else None,
             open_command=self._tracker.open_command(),
-            recoveries=self._recoveries,
+            recoveries=self._recoveries.done,
         )
 
     def _steps_per_epoch(self) -> int | None:

@@ -11,14 +11,14 @@ When a checkpoint is made is decided in controller.py; what is in the arrays is 
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dtrain.callback_checkpoint import CallbackState
 from dtrain.checkpoint import MODEL_FILE, FileRecord, LoadedCheckpoint, Staging
 from dtrain.errors import CheckpointError
 from dtrain.state_tree import pack, unpack
-from dtrain.types import Array, Logs, Position
+from dtrain.types import Array, Logs, Position, Segment, SegmentResult
 
 FIT = "fit"
 ACCUMULATED = "accumulated/"
@@ -71,6 +71,98 @@ class SavedFit:
     metrics: Logs
     stopped: bool = False
     finished: bool = False
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a rank has come with a fit, as rank after rank tells when the group broke.
+
+    Attributes:
+        segments: how many it has finished.
+        steps: of the one under way, how many it has finished.
+        stage: of its epoch, what of the hooks and the validation is behind it.
+        result: of the last segment that it has finished.
+        goes_on: the fit can go on from here in another group; not where this rank alone knew what is lost with one.
+    """
+
+    segments: int
+    steps: int
+    stage: int
+    result: SegmentResult | None
+    goes_on: bool
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """To be compared: the rank with the largest is the furthest."""
+        return self.segments, self.steps, self.stage
+
+
+@dataclass(frozen=True)
+class Part:
+    """What came of a segment that was interrupted.
+
+    Attributes:
+        segment: it.
+        steps: how many of its steps are finished.
+        rows: of these.
+        seconds: that they took.
+        ended: the epoch has no more of them.
+        step_logs: their logs over all ranks, if the ranks still got as far as that.
+        validation: the same of the validation.
+    """
+
+    segment: Segment
+    steps: int
+    rows: int
+    seconds: float
+    ended: bool
+    step_logs: Mapping[str, Array] | None
+    validation: Logs | None
+
+
+@dataclass(frozen=True)
+class Handover:
+    """What a rank of a broken group tells one that is behind it, or is new.
+
+    Attributes:
+        fit: as a checkpoint would have it now, without what each rank has of its own.
+        segments: how many are finished.
+        result: of the last of them.
+        part: of the one under way.
+        has_begun: the epoch's hook was called and its metrics are reset.
+        half_done: a hook that was called, and that the ranks have yet to agree on.
+        batch: the first step and the end of an execution whose hook is due.
+        stop: a callback set `stop_training`.
+    """
+
+    fit: SavedFit
+    segments: int
+    result: SegmentResult | None
+    part: Part | None
+    has_begun: bool
+    half_done: tuple[str, tuple[Any, ...]] | None
+    batch: tuple[int, int] | None
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Of what ranks that died knew alone, what they have told with their last segment.
+
+    Attributes:
+        own: every rank's own, in rank order, if it was told in this epoch; those that live on keep what they have.
+        callbacks: where rank 0 died, the states of the callbacks that ran there alone; None in the others' places.
+    """
+
+    own: tuple[Mapping[str, Array], ...] = ()
+    callbacks: CallbackStates = field(default_factory=list)
+
+    def completed(self, fit: SavedFit) -> SavedFit:
+        """What a rank that lives has handed over, with that in it."""
+        callbacks = fit.callbacks
+        if self.callbacks:
+            callbacks = [first or state for first, state in zip(self.callbacks, callbacks, strict=True)]
+        return replace(fit, own=self.own, callbacks=callbacks)
 
 
 def write(snapshot: Snapshot, staging: Staging, rank: int) -> tuple[FileRecord, ...]:

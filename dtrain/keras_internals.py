@@ -48,6 +48,7 @@ __all__ = [
     "schedule_of",
     "seed_generators_of",
     "set_keras_mask",
+    "state_variables_of",
     "unpack_x_y_sample_weight",
 ]
 
@@ -93,6 +94,11 @@ def seed_generators_of(model: keras.Model) -> list[Any]:
     for layer in layers_of(model):
         found.extend(getattr(layer, "_seed_generators", ()))
     return found
+
+
+def state_variables_of(model: keras.Model) -> list[Any]:
+    """The variables that layers keep a state in, such as moving averages: no weights, be they frozen or not."""
+    return [variable for layer in layers_of(model) for variable in layer._non_trainable_variables]
 
 
 def global_seed_generator() -> Any:

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from dtrain.collective import Collective
 from dtrain.keras_internals import Mean
-from dtrain.types import Array
+from dtrain.types import Array, Logs
 
 RECORDED_ELEMENTS = 4096
 """Metric state of up to this many numbers is kept for every step; of more (large confusion matrices), for the last."""
@@ -180,6 +180,11 @@ class MetricState:
             lambda step, _: step < num_steps, body, (tf.constant(0), arrays), parallel_iterations=1
         )
         return {key: array.stack() for key, array in zip(keys, arrays, strict=True)}
+
+
+def last_of(logs: Mapping[str, Array]) -> Logs:
+    """The logs after the last step; of a metric that is an array (an F1Score by class), the array, as in Keras."""
+    return {key: float(values[-1]) if values.ndim == 1 else values[-1] for key, values in logs.items()}
 
 
 def flat_logs(logs: Mapping[str, Any]) -> dict[str, Any]:

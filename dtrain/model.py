@@ -290,7 +290,8 @@ def _group(name: str) -> str:
 def spread_seeds(model: keras.Model, rank: int) -> None:
     """Give each rank random numbers of its own: the first word of every seed moves by a rank's offset.
 
-    Rank 0 keeps plain Keras's. The counters stay equal, so that base and counter are all there is to save.
+    Rank 0 keeps plain Keras's. The counters stay equal, so that base and counter are all there is to save. With -rank
+    a rank has rank 0's again.
     """
     for variable in _seed_states(model):
         base, counter = variable.numpy()

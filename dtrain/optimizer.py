@@ -61,6 +61,11 @@ class Reduction:
     scaled: list[bool] = field(default_factory=list)
     is_applying: bool = False
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether statistics were assigned since they were taken last."""
+        return any(v is other for v in self.statistics for other in self.assigned)
+
     def take_statistics(self) -> list[Any]:
         """The statistics assigned since the last call."""
         taken = [v for v in self.statistics if any(v is other for other in self.assigned)]

@@ -23,6 +23,7 @@ from dtrain.metrics import MetricState, Source, flat_logs, shared_means
 from dtrain.model import optimizers_of
 from dtrain.optimizer import Reduction, reduce, reduced_gradients
 from dtrain.types import Array, Shapes, Tree
+from dtrain.undo import Records, Undo
 
 Kind = Literal["train", "test"]
 
@@ -60,6 +61,8 @@ class Steps:
         self._kind = kind
         self._sparse_as_dense = sparse_as_dense
         self._functions: dict[Any, Any] = {}
+        self._records: Records | None = None
+        self._undo = Undo(model, metrics) if kind == "train" and collective.world_size > 1 else None
         self._has_warned = False
         self._is_custom = any(
             getattr(type(model), name) is not getattr(keras.Model, name) for name in (f"{kind}_step", "compute_metrics")
@@ -109,43 +112,73 @@ class Steps:
             function = self._functions[key] = self._make(specs, structure, whole)
         # A sum of g and zeros is g to the last bit; a sum of N times g / N is not.
         counted = float(self._collective.rank == 0) if whole else share
-        states, logs = function(flat, tf.constant(counted, tf.float64))
-        return [state.numpy() for state in states], {key: value.numpy() for key, value in logs.items()}
+        recorded = function(flat, tf.constant(counted, tf.float64))
+        return self._told([value.numpy() for value in recorded])
+
+    def undo(self) -> tuple[int, list[Array], dict[str, Array]]:
+        """After a call that a lost peer has ended: put back what the step under way has changed.
+
+        Returns:
+            How many steps of the call were finished, and of these what the call would have returned.
+        """
+        finished = self._undo.restore() if self._undo is not None else 0
+        if not finished or self._records is None:
+            return 0, [], {}
+        slots = finished if self._metrics.records_steps else 1
+        return finished, *self._told(self._records.first(slots, finished))
+
+    def _told(self, recorded: list[Array]) -> tuple[list[Array], dict[str, Array]]:
+        """Records as a call returns them: metric variables, and what a custom step returned."""
+        num_states = len(self._metrics.variables)
+        return recorded[:num_states], dict(zip(self.own_logs, recorded[num_states:], strict=True))
 
     def _make(self, specs: Sequence[tf.TensorSpec], structure: Tree, whole: bool) -> Any:
         def run(flat: Sequence[tf.Tensor], share: tf.Tensor) -> Any:
             steps = self._run_eagerly if self._model.run_eagerly else self._run
             return steps(flat, structure, share, whole)
 
+        if self._undo is not None:
+            self._undo.prepare()
         if self._model.run_eagerly:
             return run
+        self._records = self._records or self._new_records()
         signature = [list(specs), tf.TensorSpec([], tf.float64)]
         # Horovod's operations have no XLA version, so compile()'s jit_compile cannot reach around them.
-        return tf.function(run, input_signature=signature, autograph=False, jit_compile=False)
+        function = tf.function(run, input_signature=signature, autograph=False, jit_compile=False)
+        if self._undo is not None:
+            covered_all = self._undo.covers_all
+            function.get_concrete_function()
+            if self._undo.covers_all > covered_all:  # there is more to undo than a step's trace could know
+                return self._make(specs, structure, whole)
+        return function
+
+    def _new_records(self) -> Records:
+        states = [(tf.as_dtype(variable.dtype), tf.TensorShape(variable.shape)) for variable in self._metrics.variables]
+        return Records(states, len(self.own_logs))
 
     def _run(self, flat: Sequence[tf.Tensor], structure: Tree, share: tf.Tensor, whole: bool) -> Any:
         if self._collective.rank > 0:  # what draws by TensorFlow's own operations draws other numbers on each rank
             graph = tf.compat.v1.get_default_graph()
             graph.seed = ((graph.seed or 0) + self._collective.rank * 0x9E3779B9) % 2**31
         num_steps = tf.shape(flat[0])[0]
-        keep_all = self._metrics.records_steps
-        slots = num_steps if keep_all else 1
-        kept = [tf.TensorArray(v.dtype, slots, element_shape=v.shape) for v in self._metrics.read()]
-        logs = {key: tf.TensorArray(tf.float64, num_steps, element_shape=[]) for key in self.own_logs}
+        assert self._records is not None
+        self._records.clear(num_steps if self._metrics.records_steps else 1, num_steps)
 
-        def body(step: tf.Tensor, kept: list[Any], logs: dict[str, Any]) -> Any:
-            data = _packed(structure, [tensor[step] for tensor in flat])
-            returned = flat_logs(self._one_step(keras_batch(data), share, whole))
+        def body(step: tf.Tensor) -> tuple[tf.Tensor]:
+            with tf.control_dependencies([] if self._undo is None else [self._undo.begin_step(step)]):
+                data = _packed(structure, [tensor[step] for tensor in flat])
+                returned = flat_logs(self._one_step(keras_batch(data), share, whole))
             self._warn_of_unsaved_random_numbers()
-            slot = step if keep_all else 0
-            kept = [array.write(slot, value) for array, value in zip(kept, self._metrics.read(), strict=True)]
-            logs = {key: array.write(step, tf.cast(returned[key], tf.float64) * share) for key, array in logs.items()}
-            return step + 1, kept, logs
+            self._record(step, returned, share)
+            return (step + 1,)
 
-        _, kept, logs = tf.while_loop(
-            lambda step, *_: step < num_steps, body, (tf.constant(0), kept, logs), parallel_iterations=1
-        )
-        return [array.stack() for array in kept], {key: array.stack() for key, array in logs.items()}
+        tf.while_loop(lambda step: step < num_steps, body, (tf.constant(0),), parallel_iterations=1)
+        return self._records.read()
+
+    def _record(self, step: Any, returned: dict[str, Any], share: tf.Tensor) -> None:
+        assert self._records is not None
+        own = [tf.cast(returned[key], tf.float64) * share for key in self.own_logs]
+        self._records.write(step if self._metrics.records_steps else 0, self._metrics.read(), step, own)
 
     def _warn_of_unsaved_random_numbers(self) -> None:
         """Say once, where the user sees it, that a step that was just traced draws on states that no checkpoint has.
@@ -163,19 +196,21 @@ class Steps:
 
     def _run_eagerly(self, flat: Sequence[tf.Tensor], structure: Tree, share: tf.Tensor, whole: bool) -> Any:
         """The same, step by step in Python; what a custom step returns is found out on the way."""
-        kept: list[list[tf.Tensor]] = []
-        logs: list[dict[str, tf.Tensor]] = []
-        for step in range(flat[0].shape[0]):
+        num_steps = flat[0].shape[0]
+        for step in range(num_steps):
+            if self._undo is not None:
+                self._undo.begin_step(step)
             data = keras_batch(_packed(structure, [tensor[step] for tensor in flat]))
             is_known = self.returned is not None or not self._is_custom
             take = self._one_step if is_known else self._first_step
             returned = flat_logs(take(data, share, whole))
-            if not self._metrics.records_steps:
-                kept.clear()
-            kept.append(self._metrics.read())
-            logs.append({key: tf.cast(returned[key], tf.float64) * share for key in self.own_logs})
-        states = [tf.stack(values) for values in zip(*kept, strict=True)]
-        return states, {key: tf.stack([values[key] for values in logs]) for key in self.own_logs}
+            if not is_known or self._records is None:
+                self._records = self._new_records()
+            if step == 0:
+                self._records.clear(num_steps if self._metrics.records_steps else 1, num_steps)
+            self._record(step, returned, share)
+        assert self._records is not None
+        return self._records.read()
 
     def _one_step(self, data: Tree, share: tf.Tensor, whole: bool) -> dict[str, Any]:
         step = getattr(self._model, f"{self._kind}_step")
@@ -211,6 +246,8 @@ class Steps:
                         " attribute of the model, so nothing was reduced over the workers; call self.optimizer.apply,"
                         " or freeze all layers"
                     )
+                if self._undo is not None and (reduction.reduced > 1 or reduction.has_statistics):
+                    self._undo.covers_all = True
                 reduce([], "statistics", reduction)  # what was assigned after the optimizer, or without one
 
     def _statistics(self) -> list[Any]:

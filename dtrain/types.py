@@ -147,6 +147,8 @@ class SegmentResult:
         learning_rate: the optimizer's, after the last step, where it has one.
         epoch_end: set when the segment ended an epoch.
         stop: training is over: a callback set `stop_training`.
+        own: what this rank alone has, in a group of several: another can then be put in its place.
+        callbacks: on rank 0 of such a group, for the same reason: the states of those callbacks that run there alone.
     """
 
     position: Position
@@ -158,6 +160,8 @@ class SegmentResult:
     learning_rate: float | None = None
     epoch_end: EpochEnd | None = None
     stop: bool = False
+    own: Mapping[str, Array] = field(default_factory=dict)
+    callbacks: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)

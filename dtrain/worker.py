@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from dtrain.callback_state import Hooks, export_state
 from dtrain.checkpoint import FileRecord, Staging
 from dtrain.data.given import unpickled
-from dtrain.errors import CheckpointError, DtrainError
+from dtrain.errors import CheckpointError, DtrainError, LostPeer
 from dtrain.types import (
     Batching,
     BatchPlan,
@@ -96,14 +96,17 @@ class Worker:
         set_up_tensorflow(settings)
 
     @_reported
-    def join(self, membership: Membership, rendezvous: str, interface: str | None) -> None:
-        """Become a rank of a group; `interface` None: the one that has this node's address."""
-        from dtrain.collective import Collective, HorovodCollective, LocalCollective
+    def take_place(self, membership: Membership) -> None:
+        """Be a rank of a group that is yet to form: what the ranks would agree on is what this one says."""
+        from dtrain.collective import HorovodCollective, LocalCollective
 
-        group: Collective = LocalCollective()
+        self._collective = HorovodCollective(membership) if membership.world_size > 1 else LocalCollective()
+
+    @_reported
+    def join(self, membership: Membership, rendezvous: str, interface: str | None) -> None:
+        """Form the group with the others; again when it broke. `interface` None: the one with this node's address."""
         if membership.world_size > 1:
-            group = HorovodCollective(membership, rendezvous, interface or _interface_of_node())
-        self._collective = group
+            self._collective.join(membership, rendezvous, interface or _interface_of_node())
 
     @_reported
     def enter(self, directory: str) -> bool:
@@ -150,8 +153,17 @@ class Worker:
         return feed.opened(first, describe(self._replica.model) if is_new else None) if self._rank == 0 else None
 
     @_reported
-    def begin_fit(self, plan: FitPlan, callbacks: bytes, saved: Any = None) -> float | None:
-        """Get ready for segments; `saved`: a `fit_state.SavedFit` to go on with.
+    def begin_fit(
+        self, plan: FitPlan, callbacks: bytes, saved: Any = None, handover: Any = None, lost: Any = None
+    ) -> float | None:
+        """Get ready for segments.
+
+        Args:
+            plan: what to train.
+            callbacks: the user's, pickled.
+            saved: a `fit_state.SavedFit` to go on with.
+            handover: instead, what another rank's `hand_over` returned, to take the place of one that has died.
+            lost: then, of what that one alone knew, what it has told last: a `fit_state.Lost`.
 
         Returns:
             The learning rate that the fit begins with; None where there is not one number.
@@ -161,13 +173,40 @@ class Worker:
         self._snapshots.clear()
         hooks = self._unpack(callbacks)
         train, validation = self._feeds.pop("train"), self._feeds.pop("validation", None)
+        if handover is not None:
+            _raise_failure(handover)
+            saved = lost.completed(handover.fit)
         self._replica.begin_fit(plan, train, validation, hooks.callbacks, hooks.verbose, saved)
+        if handover is not None:
+            self._replica.fit.take_over(handover)
         return constant_rate(self._replica.model)
 
     @_reported
     def run(self, segment: Segment) -> SegmentResult:
+        """Train a segment; of several ranks, the first tells the logs, and all of them what each alone has."""
         result: SegmentResult = self._replica.run(segment)
         return result if self._rank == 0 else replace(result, step_logs={})
+
+    @_reported
+    def standing(self) -> Any:
+        """After a peer was lost: a `fit_state.Standing`."""
+        return self._replica.fit.standing()
+
+    @_reported
+    def hand_over(self) -> Any:
+        """What a rank that is behind this one, or new, has to know: a `fit_state.Handover`."""
+        return self._replica.fit.hand_over()
+
+    @_reported
+    def catch_up(self, handover: Any) -> None:
+        _raise_failure(handover)
+        self._replica.fit.catch_up(handover)
+
+    @_reported
+    def go_on(self) -> SegmentResult | None:
+        """In the new group, finish what there is of the segment that was interrupted."""
+        result: SegmentResult | None = self._replica.fit.go_on()
+        return result
 
     @_reported
     def end_fit(self) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
@@ -242,6 +281,12 @@ class Worker:
         """How far this rank is, and what it printed since the last call; answers while a method runs."""
         progress = self._replica.progress if self._replica is not None else Progress("starting")
         return replace(progress, printed=self._printed.take())
+
+
+def _raise_failure(handover: Any) -> None:
+    """Where the other rank could not tell: that one has said why."""
+    if isinstance(handover, Failure):
+        raise LostPeer(handover.error)
 
 
 _RAY_MARKS = (":actor_name:", ":task_name:", ":job_id:")

@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from dtrain.cluster import NAMESPACE, who_is_using
 from dtrain.errors import ConfigError, WorkerDied, WorkerError
 from dtrain.interrupts import Interrupts
-from dtrain.rendezvous import RendezvousServer, assign
+from dtrain.rendezvous import RendezvousServer, Scope, assign
 from dtrain.types import Array, Failure, ModelDescription, Progress, WorkerInfo, WorkerSettings
 from dtrain.worker import Worker
 
@@ -39,6 +39,8 @@ NAME_SECONDS = 15.0
 """How long an actor that has ended may hold its name, and that of a driver that was killed may take to end."""
 BLAME_SECONDS = 3.0
 """After a first failure, how long the others have to say what happened to them."""
+SURVIVAL_SECONDS = 60.0
+"""After a first failure that may be survived, how long the others have to notice; one that has not by then is dead."""
 RESCUE_SECONDS = 10.0
 """After a failure, how long rank 0 has to hand over the state before its process ends, too."""
 START_SECONDS = 600.0
@@ -47,6 +49,20 @@ PROGRESS_SECONDS = 1.0
 """How long a wait is held up by a worker that does not tell its progress."""
 LAST_PROGRESS_SECONDS = 10.0
 """The same at the end, when no later one could tell what was printed."""
+
+
+class GroupBroken(Exception):
+    """Workers died, or lost each other, and some are left: the group can be formed anew.
+
+    Attributes:
+        dead: the ranks whose processes have ended.
+        error: what it comes to where it is not survived.
+    """
+
+    def __init__(self, dead: Sequence[int], error: WorkerDied) -> None:
+        super().__init__(str(error))
+        self.dead = tuple(dead)
+        self.error = error
 
 
 @dataclass(frozen=True)
@@ -91,9 +107,12 @@ class WorkerGroup:
         self.directory: str | None = None
         """The driver's working directory, as the workers were told."""
         self._actors: list[Any] = []
+        self._told: dict[str, tuple[Any, ...]] = {}  # what a newcomer is to be told to be what the others are
         self._late_polls: dict[int, Any] = {}
         self._placement: PlacementGroup | None = None
         self._rendezvous: RendezvousServer | None = None
+        self._scope: Scope | None = None
+        self._generation = 0
 
     @property
     def closed(self) -> bool:
@@ -107,11 +126,32 @@ class WorkerGroup:
             status(f"starting {self.spec.num_workers} worker{'s' * (self.spec.num_workers > 1)}")
             self._actors = [self._spawn(rank) for rank in range(self.spec.num_workers)]
             self.workers = tuple(self.wait(self.submit("where"), patience=START_SECONDS))
-            self._set_up()
-            self._form()
+            self._set_up(range(self.spec.num_workers))
+            self.form()
         except BaseException:
             self.close()
             raise
+
+    def replace(self, dead: Sequence[int], status: Callable[[str], None] = lambda _: None) -> None:
+        """Start new processes in the places of the dead, and tell them all that the others were told.
+
+        The others wait. The new ones are as far as where a fit begins, and are in no group until `form`.
+        """
+        names = ", ".join(f"rank {rank}" for rank in dead)
+        status(f"starting a new worker for {names}")
+        for rank in dead:
+            ray.kill(self._actors[rank], no_restart=True)  # or one that is only silent would go on
+            wait_for_name(self.spec.run_name, rank)
+            self._actors[rank] = self._spawn(rank)
+            self._late_polls.pop(rank, None)
+        found = dict(
+            zip(dead, self.wait(self.submit("where", ranks=dead), ranks=dead, patience=START_SECONDS), strict=True)
+        )
+        self.workers = tuple(found.get(worker.rank, worker) for worker in self.workers)
+        self._set_up(dead)
+        status(f"getting {names} ready")
+        for method, *args in self._told.values():
+            self.wait(self.submit(method, *args, ranks=dead), ranks=dead)
 
     def call(self, method: str, *args: Any, watch: Callable[[bool], None] = lambda _: None) -> list[Any]:
         """Call a method on every worker and wait for all.
@@ -130,28 +170,56 @@ class WorkerGroup:
                 is `rescued`.
             DtrainError: a worker raised one of dtrain's own; the same.
         """
-        return self.wait(self.submit(method, *args), watch)
+        results = self.wait(self.submit(method, *args), watch)
+        if method in ("enter", "make_model"):
+            self._told[method] = method, *args
+        elif method == "open":
+            self._told.pop("open validation", None)
+            self._told[f"open {args[0]}"] = method, *args
+        return results
 
-    def submit(self, method: str, *args: Any, beside: str | None = None) -> list[Any]:
-        """Send a call to every worker without waiting; they run calls in the order they were sent.
+    def submit(
+        self, method: str, *args: Any, beside: str | None = None, ranks: Sequence[int] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        """Send a call to every worker, or to some ranks, without waiting; they run calls in the order they were sent.
 
         `beside` names a concurrency group, "files": the call then does not wait for the others, nor they for it.
         """
         options = {} if beside is None else {"concurrency_group": beside}
-        return [getattr(actor, method).options(**options).remote(*args) for actor in self._actors]
+        actors = self._actors if ranks is None else [self._actors[rank] for rank in ranks]
+        return [getattr(actor, method).options(**options).remote(*args, **kwargs) for actor in actors]
+
+    def drain(self, calls: Sequence[Any]) -> None:
+        """Wait until calls have ended, whatever came of them."""
+        with self._interrupts.watched():
+            deadline = time.monotonic() + SURVIVAL_SECONDS
+            while time.monotonic() < deadline and not self.have_answered(calls):
+                ray.wait(list(calls), num_returns=len(calls), timeout=POLL_SECONDS)
+                self._interrupts.check()
 
     def have_answered(self, calls: Sequence[Any]) -> bool:
         """Whether `wait` would return at once."""
         return len(ray.wait(list(calls), num_returns=len(calls), timeout=0)[0]) == len(calls)
 
     def wait(
-        self, calls: Sequence[Any], watch: Callable[[bool], None] = lambda _: None, patience: float = math.inf
+        self,
+        calls: Sequence[Any],
+        watch: Callable[[bool], None] = lambda _: None,
+        patience: float = math.inf,
+        ranks: Sequence[int] | None = None,
+        survivable: bool = False,
     ) -> list[Any]:
-        """Wait for what `submit` returned, for `patience` seconds at most; see `call`."""
+        """Wait for what `submit` returned, for `patience` seconds at most; see `call`.
+
+        Raises:
+            GroupBroken: where that is `survivable`, instead of WorkerDied: the group is not closed.
+        """
+        ranks = range(len(calls)) if ranks is None else ranks
         results: dict[int, Any] = {}
         failures: dict[int, Failure] = {}
-        pending = {call: rank for rank, call in enumerate(calls)}
+        pending = dict(zip(calls, ranks, strict=True))
         deadline = time.monotonic() + patience
+        blame = SURVIVAL_SECONDS if survivable else BLAME_SECONDS
         with self._interrupts.watched():
             while pending and time.monotonic() < deadline:
                 ready, _ = ray.wait(list(pending), num_returns=1 if failures else len(pending), timeout=POLL_SECONDS)
@@ -159,23 +227,30 @@ class WorkerGroup:
                     rank = pending.pop(call)
                     result = _outcome(call)
                     if isinstance(result, Failure) and not failures:
-                        deadline = min(deadline, time.monotonic() + BLAME_SECONDS)
+                        deadline = min(deadline, time.monotonic() + blame)
                     (failures if isinstance(result, Failure) else results)[rank] = result
-                if failures and any(not failure.lost_peer for failure in failures.values()):
+                if any(not failure.lost_peer and not (survivable and failure.died) for failure in failures.values()):
                     break  # the culprit is known; the others are stuck waiting for it
                 self._interrupts.check()
                 watch(False)
         if pending and not failures:
             failures[min(pending.values())] = Failure(_NOT_STARTED.format(patience), traceback="")
-        if failures:
-            watch(True)  # what the user's code printed before it raised
-            error = self._error_from(failures)
-            try:
-                self.rescued = self._rescue()
-            finally:
-                self.close()
-            raise error
-        return [results[rank] for rank in range(len(calls))]
+        if not failures:
+            return [results[rank] for rank in ranks]
+        watch(True)  # what the user's code printed before it raised
+        error = self._error_from(failures, are_stopped=not survivable)
+        dead = [rank for rank, failure in failures.items() if failure.died] + list(pending.values())
+        if survivable and isinstance(error, WorkerDied) and len(dead) < len(self._actors):
+            raise GroupBroken(sorted(dead), error)
+        self.fail()
+        raise error
+
+    def fail(self) -> None:
+        """Close after a failure; what can be saved of the workers' state is `rescued`."""
+        try:
+            self.rescued = self._rescue()
+        finally:
+            self.close()
 
     def progress(self, rank: int = 0, timeout: float = PROGRESS_SECONDS) -> Progress | None:
         """How far a worker is; None if it does not say so at once: the next call then returns what it says.
@@ -256,36 +331,45 @@ class WorkerGroup:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"runtime_env={dict(self.spec.runtime_env)!r} is refused by Ray: {error}") from error
 
-    def _set_up(self) -> None:
+    def _set_up(self, ranks: Sequence[int]) -> None:
         cpus = {node["NodeID"]: node["Resources"].get("CPU", 1.0) for node in ray.nodes()}
         nodes = [worker.node_id for worker in self.workers]
         settings = [self.spec.settings(cpus.get(node, 1.0), nodes.count(node)) for node in nodes]
         self.intra_threads = settings[0].intra_threads
-        self.wait([actor.setup.remote(own) for actor, own in zip(self._actors, settings, strict=True)])
+        memberships = assign(nodes, self._generation)
+        for method, every in (("setup", settings), ("take_place", memberships)):
+            calls = [getattr(self._actors[rank], method).remote(every[rank]) for rank in ranks]
+            self.wait(calls, ranks=ranks)
 
-    def _form(self) -> None:
-        """Make the ranks one group. On one machine it meets and talks on loopback only."""
+    def form(self) -> None:
+        """Make the ranks one group, a new one where there was one. On one machine it meets and talks on loopback."""
         nodes = [worker.node_id for worker in self.workers]
         here = ray.get_runtime_context().get_node_id()
         on_one_node = len(set(nodes)) == 1
         host = "127.0.0.1" if set(nodes) == {here} else ray.util.get_node_ip_address()
-        self._rendezvous = RendezvousServer(host)
-        scope = self._rendezvous.new_scope()
+        if self._rendezvous is not None and self._rendezvous.host != host:
+            self._rendezvous.close()
+            self._rendezvous = None
+        self._rendezvous = self._rendezvous or RendezvousServer(host)
+        if self._scope is not None:
+            self._rendezvous.drop(self._scope)  # who is of an older generation finds nobody there
+        scope = self._scope = self._rendezvous.new_scope()
         interface = "lo" if on_one_node else None
         calls = [
             actor.join.remote(membership, scope.address, interface)
-            for actor, membership in zip(self._actors, assign(nodes, 0), strict=True)
+            for actor, membership in zip(self._actors, assign(nodes, self._generation), strict=True)
         ]
+        self._generation += 1
         self.wait(calls)
 
-    def _error_from(self, failures: Mapping[int, Failure]) -> Exception:
+    def _error_from(self, failures: Mapping[int, Failure], are_stopped: bool = True) -> Exception:
         """One error for all that was reported: of a worker that is to blame, the lowest rank's."""
         rank = min(failures, key=lambda rank: (failures[rank].lost_peer, failures[rank].died, rank))
         failure = failures[rank]
         if failure.cause is not None:
             return failure.cause
         host = self.workers[rank].host if self.workers else None
-        others = sorted(set(range(self.spec.num_workers)) - {rank})
+        others = sorted(set(range(self.spec.num_workers)) - {rank}) if are_stopped else []
         stopped = f"; rank {others[0]} was stopped" if len(others) == 1 else ""
         if len(others) > 1:
             stopped = f"; ranks {', '.join(map(str, others))} were stopped"
@@ -350,11 +434,17 @@ def check_name(run_name: str) -> None:
     Raises:
         ConfigError: naming the run.
     """
+    if not wait_for_name(run_name, 0):
+        raise ConfigError(f"run_name={run_name!r} is training on this cluster already; choose another run_name")
+
+
+def wait_for_name(run_name: str, rank: int) -> bool:
+    """Whether no actor of that name is alive; one that was ended a moment ago keeps its name for another."""
     deadline = time.monotonic() + NAME_SECONDS
     while time.monotonic() < deadline:
         try:
-            ray.get_actor(f"dtrain:{run_name}:rank0", namespace=NAMESPACE)
+            ray.get_actor(f"dtrain:{run_name}:rank{rank}", namespace=NAMESPACE)
         except ValueError:
-            return
-        time.sleep(POLL_SECONDS)  # one that was ended a moment ago keeps its name for another
-    raise ConfigError(f"run_name={run_name!r} is training on this cluster already; choose another run_name")
+            return True
+        time.sleep(POLL_SECONDS)
+    return False

@@ -180,7 +180,8 @@ def _main(connection: Connection) -> None:
             elif kind == "join":
                 membership, rendezvous = payload
                 if membership.world_size > 1:
-                    collective = HorovodCollective(membership, rendezvous, "lo")
+                    collective = HorovodCollective(membership)
+                    collective.join(membership, rendezvous, "lo")
             else:
                 function, args = cloudpickle.loads(payload)
                 _in_default_precision()

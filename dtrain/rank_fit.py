@@ -1,0 +1,442 @@
+"""Owns a fit on one rank: its segments, the ends of its epochs, and how it goes on when the group broke under it.
+
+What a segment has come to is kept as it comes. When a peer is lost, wherever that is, nothing of it is thrown away:
+the step under way is undone (undo.py), ranks that are behind are told by the one that is the furthest, and the new
+group finishes what there is of the segment as if it had been a shorter one.
+"""
+
+import contextlib
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import keras
+import numpy as np
+
+from dtrain.batch_hooks import BatchHooks
+from dtrain.callback_checkpoint import (
+    CallbackState,
+    matched,
+    prepare_resume,
+    restore_states,
+    save_states,
+    without_tensors,
+)
+from dtrain.callbacks import RankCallbacks
+from dtrain.collective import is_lost_peer
+from dtrain.data.loader import Chunk, Feed
+from dtrain.data.stream import StreamLoader
+from dtrain.errors import LostPeer
+from dtrain.fit_state import Handover, Part, SavedFit, Snapshot, Standing
+from dtrain.metrics import last_of
+from dtrain.model import check_state, learning_rate, optimizers_of, write_state
+from dtrain.optimizer import sums_locally
+from dtrain.rank_state import check_own, read_own, write_own
+from dtrain.types import Array, EpochEnd, FitPlan, Logs, Position, Progress, Segment, SegmentResult
+
+if TYPE_CHECKING:
+    from dtrain.replica import Replica
+
+CALL_SECONDS = 0.15
+"""A call into TensorFlow runs about so many seconds of steps where nothing needs to see each of them."""
+CALL_BYTES = 64 << 20
+"""A call's data takes at most about so many bytes."""
+
+
+@dataclass
+class _Part:
+    """What this rank has done of the segment under way."""
+
+    segment: Segment
+    steps: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    ended: bool = False
+    states: list[list[Array]] = field(default_factory=list)
+    own: list[dict[str, Array]] = field(default_factory=list)
+    step_logs: dict[str, Array] | None = None
+    validation: Logs | None = None
+
+    @property
+    def position(self) -> Position:
+        start = self.segment.position
+        return Position(start.epoch, start.step + self.steps)
+
+    def add(self, chunk: Chunk, steps: int, states: list[Array], own: dict[str, Array]) -> None:
+        self.steps += steps
+        self.rows += chunk.global_rows * steps
+        self.states.append(states)
+        self.own.append(own)
+
+    def told(self) -> Part:
+        return Part(self.segment, self.steps, self.rows, self.seconds, self.ended, self.step_logs, self.validation)
+
+
+class RankFit:
+    """A fit in progress on this rank.
+
+    Args:
+        replica: whose model is trained.
+        plan: what to train.
+        feed: the data.
+        validation: what to validate on.
+        callbacks: the user's, on this rank.
+        batch_bytes: about how many bytes this rank's rows of a mini-batch take; of one of the validation.
+    """
+
+    def __init__(
+        self,
+        replica: "Replica",
+        plan: FitPlan,
+        feed: Feed,
+        validation: Feed | None,
+        callbacks: RankCallbacks,
+        batch_bytes: tuple[int, int],
+    ) -> None:
+        self._replica = replica
+        self._model: keras.Model = replica.model
+        self._collective = replica.collective
+        self._plan = plan
+        self._feed = feed
+        self._validation = validation
+        self._callbacks = callbacks
+        self._hooks = BatchHooks("train", callbacks, replica.model.steps_per_execution, replica.global_logs)
+        self._batch_bytes = batch_bytes
+        self._position = Position(plan.initial_epoch, 0)
+        self._logs: Logs = {}
+        self._epoch_logs: Logs = {}
+        self._stopped = False
+        self._has_begun = False  # the epoch that `_position` is in
+        self._has_warned = False
+        self._part: _Part | None = None
+        self._segments = 0
+        self._result: SegmentResult | None = None
+
+    # --- undisturbed
+
+    def begin(self, saved: SavedFit | None) -> None:
+        """Call `on_train_begin`, and put back what was saved."""
+        self._model.stop_training = False
+        if saved is not None:
+            saved = self._prepared(saved)
+        self._callbacks("on_train_begin")
+        if saved is not None:
+            self._go_on_from(saved)
+
+    def run(self, segment: Segment) -> SegmentResult:
+        """Train the segment's steps; where it ends an epoch, validate and call the epoch's hooks too."""
+        if self._part is not None:  # sent before anybody knew
+            raise LostPeer("the segment before this one was interrupted")
+        if self._stopped or segment.position.epoch < self._position.epoch:  # nor that the epoch ends before it
+            return SegmentResult(segment.position, 0, 0, 0.0, {}, stop=self._stopped)
+        part = self._part = _Part(segment)
+        self._begin_epoch(segment.position)
+        self._train(part)
+        return self._finish(part)
+
+    def end(self) -> dict[str, list[float]]:
+        """Averages become the weights, `on_train_end`. Returns Keras's history."""
+        optimizer = self._model.optimizer
+        if isinstance(optimizer, keras.optimizers.Optimizer) and self._plan.epochs > 0:
+            optimizer.finalize_variable_values(self._model.trainable_weights)
+        self._callbacks("on_train_end", logs=self._epoch_logs)
+        self.close()
+        return self._callbacks.history()
+
+    def close(self) -> None:
+        for feed in (self._feed, self._validation):
+            if feed is not None:
+                feed.close()
+
+    def snapshot(self) -> Snapshot:
+        """A copy of all that a checkpoint holds of this rank, between two segments or after the fit."""
+        if self._part is not None:
+            raise LostPeer("the segment before was interrupted")
+        own = read_own(self._model, self._replica.metrics)
+        if self._collective.rank > 0:
+            return Snapshot(self._position, own)
+        states = save_states(self._callbacks.with_state())
+        return Snapshot(self._position, own, self._replica.read_state(alone=True), states, without_tensors(self._logs))
+
+    def _begin_epoch(self, position: Position) -> None:
+        if position.step == 0 and not self._has_begun:
+            self._model.reset_metrics()
+            self._callbacks("on_epoch_begin", position.epoch)
+        self._has_begun = True
+
+    def _train(self, part: _Part) -> None:
+        epoch, step = part.segment.position.epoch, part.segment.position.step
+        looked_at = self._hooks.are_used or self._model.stop_training  # by Keras, too, after a first call
+        steps_per_call = self._model.steps_per_execution if looked_at else self._steps_per_call()
+        started = time.perf_counter()
+        chunks = _chunks(self._feed, epoch, step, part.segment.num_steps, steps_per_call, looked_at)
+        with contextlib.closing(chunks):
+            for chunk in chunks:
+                self._hooks.begin(chunk)
+                state, returned = self._call(part, chunk)
+                part.add(chunk, chunk.num_steps, state, returned)
+                self._hooks.end(chunk, state, returned)
+                part.seconds = time.perf_counter() - started
+                num_steps = self._feed.steps_in_epoch(epoch) or 0
+                self._replica.progress = Progress("train", epoch, part.position.step, num_steps, self._logs)
+                if self._model.stop_training:
+                    break
+        part.ended = part.steps < part.segment.num_steps or self._is_end(part.position)
+
+    def _call(self, part: _Part, chunk: Chunk) -> tuple[list[Array], dict[str, Array]]:
+        try:
+            return self._replica.call("train", chunk)
+        except Exception as error:
+            if is_lost_peer(error):
+                finished, states, own = self._replica.undo()
+                if finished:
+                    part.add(chunk, finished, states, own)
+            raise
+
+    def _is_end(self, position: Position) -> bool:
+        return position.step == self._feed.steps_in_epoch(position.epoch)
+
+    def _steps_per_call(self) -> int:
+        newest = self._result
+        if newest is None or not newest.num_steps:
+            return 1
+        by_time = int(CALL_SECONDS * newest.num_steps / max(newest.seconds, 1e-6))
+        return max(1, min(by_time, CALL_BYTES // max(1, self._batch_bytes[0]), 1024))
+
+    def _finish(self, part: _Part) -> SegmentResult:
+        """What is left to do once the steps are trained. May be called again where a lost peer cut it short."""
+        epoch = part.segment.position.epoch
+        if part.ended:
+            self._hooks.finish()
+        if part.step_logs is None:
+            part.step_logs = self._replica.global_logs("train", part.states, part.own, "segment") if part.steps else {}
+        if part.steps:
+            self._logs = last_of(part.step_logs)
+        if part.ended and not self._model.stop_training:
+            self._warn_of_early_end(part.position)
+        ends_epoch = part.ended or bool(self._model.stop_training)
+        logs = _numbers(self._logs)
+        epoch_end = self._end_epoch(part, epoch) if ends_epoch else None
+        return self._close(part, logs, epoch_end)
+
+    def _close(self, part: _Part, logs: Logs, epoch_end: EpochEnd | None) -> SegmentResult:
+        self._stopped = bool(self._model.stop_training)
+        self._position = Position(part.position.epoch + 1, 0) if epoch_end is not None else part.position
+        self._has_begun = epoch_end is None
+        step_logs = part.step_logs or {}
+        self._result = SegmentResult(
+            position=self._position,
+            num_steps=part.steps,
+            rows=part.rows,
+            seconds=part.seconds,
+            logs=logs,
+            step_logs={k: v for k, v in step_logs.items() if v.ndim == 1} if self._plan.record_steps else {},
+            learning_rate=learning_rate(self._model),
+            epoch_end=epoch_end,
+            stop=self._stopped,
+            own=read_own(self._model, self._replica.metrics) if self._can_be_told else {},
+            callbacks=self._states_on_first() if self._can_be_told else (),
+        )
+        self._part = None
+        self._segments += 1
+        return self._result
+
+    def _end_epoch(self, part: _Part, epoch: int) -> EpochEnd:
+        logs = dict(self._logs)
+        if self._validation is not None and _is_due(self._plan.validation_freq, epoch):
+            if part.validation is None:
+                part.validation = self._replica.evaluate_on(self._validation, self._callbacks, self._batch_bytes[1])
+            logs.update({f"val_{key}": value for key, value in part.validation.items()})
+        self._epoch_logs = logs
+        known = {key: len(values) for key, values in self._callbacks.history().items()}
+        self._callbacks("on_epoch_end", epoch, logs=logs)
+        history = self._callbacks.history()  # it has what callbacks added to the logs, too
+        self._logs = {key: values[-1] for key, values in history.items() if len(values) > known.get(key, 0)}
+        return EpochEnd(epoch, _numbers(self._logs), learning_rate(self._model))
+
+    def _warn_of_early_end(self, end: Position) -> None:
+        """Keras's warning, once a fit, where the user sees it: above the bar."""
+        promised = self._feed.steps_per_epoch
+        if promised is None or end.step >= promised or self._has_warned:
+            return
+        self._has_warned = True
+        if self._collective.rank == 0:
+            print(
+                f"the input ran out of data in epoch {end.epoch + 1}, after {end.step} of {promised} steps: the epoch"
+                " ends there. It must bring steps_per_epoch * epochs batches; a data set does with .repeat()"
+            )
+
+    # --- from a checkpoint
+
+    def _prepared(self, saved: SavedFit) -> SavedFit:
+        """Check it, find each callback's state, and get ready what `on_train_begin` would otherwise begin anew."""
+        check_state(self._model, saved.state)
+        if saved.own:
+            check_own(self._model, self._replica.metrics, saved.own, in_epoch=saved.position.step > 0)
+        states, notes = matched(self._callbacks.with_state(), saved.callbacks)
+        if self._collective.rank == 0:
+            prepare_resume(self._callbacks.with_state(), states)
+            for note in notes:
+                print(note)
+        return replace(saved, callbacks=states)
+
+    def _go_on_from(self, saved: SavedFit) -> None:
+        restore_states(self._callbacks.with_state(), saved.callbacks)
+        self._position = saved.position
+        self._logs = dict(saved.logs)
+        if saved.position.step == 0:
+            self._epoch_logs = dict(saved.logs)
+        if isinstance(self._validation, StreamLoader):
+            done = range(self._plan.initial_epoch, saved.position.epoch)
+            self._validation.skip_passes(sum(_is_due(self._plan.validation_freq, epoch) for epoch in done))
+        self._replica.write_state(dict(saved.state))
+        if saved.own:
+            in_epoch = saved.position.step > 0
+            write_own(self._model, self._replica.metrics, saved.own, self._collective, in_epoch)
+
+    # --- in another group
+
+    @property
+    def _can_be_told(self) -> bool:
+        """Whether a rank can be put in another's place: not where each has accumulated gradients of its own."""
+        return self._collective.world_size > 1 and not any(map(sums_locally, optimizers_of(self._model)))
+
+    def standing(self) -> Standing:
+        """How far this rank is, once its last call has ended, well or not."""
+        part = self._part
+        stage = 0
+        if part is not None and self._has_begun:
+            stage = 1 + part.ended + (part.step_logs is not None) + (part.validation is not None)
+        return Standing(self._segments, part.steps if part else 0, stage, self._result, self._can_be_told)
+
+    def hand_over(self) -> Handover:
+        """What a rank that is behind, or new, has to know to be where this one is. Changes nothing."""
+        part = self._part
+        position = part.position if part is not None else self._position
+        states = save_states(self._callbacks.with_state())
+        state = self._replica.read_state_as_first()
+        saved = SavedFit(position, 0, state, (), states, without_tensors(self._logs), {})
+        return Handover(
+            saved,
+            self._segments,
+            self._result,
+            part.told() if part is not None else None,
+            self._has_begun,
+            self._callbacks.half_done,
+            self._hooks.due,
+            bool(self._model.stop_training),
+        )
+
+    def take_over(self, handover: Handover) -> None:
+        """Be, from the beginning, where the rank is that hands over: for a newcomer that began with `handover.fit`."""
+        self._model.stop_training = handover.stop
+        self._segments, self._result = handover.segments, handover.result
+        self._has_begun = handover.has_begun
+        self._callbacks.take_over(handover.half_done)
+        self._align(handover)
+
+    def catch_up(self, handover: Handover) -> None:
+        """Come to where the rank is that hands over, which is ahead by a step or by the end of a segment at most."""
+        part = self._part
+        if part is not None and self._segments < handover.segments:  # the others have agreed without this one
+            assert handover.result is not None
+            self._close_as(part, handover.result)
+        if handover.has_begun and not self._has_begun:
+            self._model.reset_metrics()
+            self._callbacks.call_here("on_epoch_begin", handover.fit.position.epoch)
+            self._has_begun = True
+        if handover.part is not None and (self._part is None or self._part.steps < handover.part.steps):
+            write_state(self._model, handover.fit.state)
+            self._replica.spread_seeds()
+        self._align(handover)
+
+    def _close_as(self, part: _Part, result: SegmentResult) -> None:
+        if part.steps < result.num_steps:
+            part.steps, part.rows = result.num_steps, result.rows
+        self._logs = dict(result.logs)
+        if result.epoch_end is not None:
+            self._epoch_logs = dict(result.epoch_end.logs)
+            if self._callbacks.half_done is None:
+                self._callbacks.call_here("on_epoch_end", result.epoch_end.epoch, logs=self._epoch_logs)
+            self._logs = dict(result.epoch_end.logs)
+        part.step_logs = dict(result.step_logs)
+        self._close(part, result.logs, result.epoch_end)
+
+    def _align(self, handover: Handover) -> None:
+        """Have as many records as the rank that hands over; of steps that this one knows nothing of, its newest."""
+        told = handover.part
+        if told is None:
+            self._part = None
+            return
+        part = self._part
+        if part is None or part.segment != told.segment:
+            part = _Part(told.segment)
+        missing = told.steps - part.steps
+        own = {key: np.full(missing, np.nan) for key in self._replica.own_logs}
+        if missing > 0:
+            slots = missing if self._replica.metrics.records_steps else 1
+            newest = [np.asarray(value) for value in self._replica.metrics.read()]
+            part.states.append([np.repeat(value[None], slots, axis=0) for value in newest])
+            part.own.append(own)
+        self._part = replace(
+            part,
+            steps=told.steps,
+            rows=told.rows,
+            seconds=told.seconds,
+            ended=told.ended,
+            step_logs=dict(told.step_logs) if told.step_logs is not None else None,
+            validation=told.validation,
+        )
+        if missing > 0:
+            last = [values[-1:] for values in self._part.states[-1]]
+            self._hooks.take_over(handover.batch, last, {key: values[-1:] for key, values in own.items()})
+
+    def go_on(self) -> SegmentResult | None:
+        """In the new group, finish what there is of the interrupted segment; None: nothing of it. Collective."""
+        part = self._part
+        if part is None:
+            return None
+        part.ended |= self._has_begun and part.steps > 0 and self._is_end(part.position)
+        if not part.steps and not part.ended:
+            self._part = None
+            return None
+        if self._hooks.due is not None:
+            self._hooks.finish()
+        return self._finish(part)
+
+    def _states_on_first(self) -> Sequence[CallbackState | None]:
+        """On rank 0, the states of what is complete there alone; None in the others' places."""
+        if self._collective.rank > 0:
+            return ()
+        found = self._callbacks.with_state()
+        states = save_states([callback if self._callbacks.is_on_first_only(callback) else None for callback in found])
+        return states
+
+
+def _chunks(
+    feed: Feed, epoch: int, first_step: int, num_steps: int, steps_per_chunk: int, aligned: bool
+) -> Generator[Chunk, None, None]:
+    """A feed's chunks; `aligned`: none reaches over a multiple of `steps_per_chunk`, wherever the segments end."""
+    end = first_step + num_steps
+    while first_step < end:
+        stop = end
+        if aligned and steps_per_chunk > 1:
+            stop = min(end, (first_step // steps_per_chunk + 1) * steps_per_chunk)
+        for chunk in feed.chunks(epoch, first_step, stop - first_step, steps_per_chunk):
+            first_step = chunk.first_step + chunk.num_steps
+            yield chunk
+        if first_step < stop:  # the input has ended
+            return
+
+
+def _numbers(logs: Logs) -> Logs:
+    """The logs without metrics that are arrays: these are in the history alone."""
+    return {key: value for key, value in logs.items() if np.ndim(value) == 0}
+
+
+def _is_due(frequency: int | Sequence[int], epoch: int) -> bool:
+    """Whether Keras validates after `epoch`: every n-th, or those in a list (both count epochs from 1)."""
+    if isinstance(frequency, int):
+        return (epoch + 1) % frequency == 0
+    return epoch + 1 in frequency

@@ -1,0 +1,102 @@
+"""Owns what a training step that a lost peer ends half-way may have changed by then, and how it is put back.
+
+Weights, slots and counters change only when the step's reduction has returned (optimizer.py), so they are those of
+whole steps at any moment. What a forward pass changes before that is copied in the graph when a step begins: random
+seeds, metrics, moving statistics. Of a step with several reductions everything is copied, since the first update may
+be in place when the last one fails.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dtrain.keras_internals import global_seed_generator, seed_generators_of, state_variables_of
+from dtrain.metrics import MetricState
+from dtrain.model import optimizers_of
+from dtrain.types import Array
+
+
+class Undo:
+    """Copies of what a step may change too early, taken at its start.
+
+    Args:
+        model: built.
+        metrics: its metric state.
+    """
+
+    def __init__(self, model: keras.Model, metrics: MetricState) -> None:
+        self._model = model
+        self._metrics = metrics
+        self._copies: list[tuple[Any, tf.Variable]] = []
+        self._finished = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self.covers_all = False
+
+    def prepare(self) -> None:
+        """Make room for the copies. Before a step is traced: variables cannot be made within."""
+        generators = [*seed_generators_of(self._model), global_seed_generator()]
+        self._cover([*(generator.state for generator in generators), *self._metrics.variables])
+        self._cover(state_variables_of(self._model))
+        if self.covers_all:
+            self._cover(self._model.variables)
+            self._cover(variable for optimizer in optimizers_of(self._model) for variable in optimizer.variables)
+
+    def begin_step(self, finished: Any) -> tf.Operation:
+        """Take the copies; what this returns must have run before anything of the step does.
+
+        Args:
+            finished: how many steps of the call are finished: int, or a scalar tensor.
+        """
+        taken = [copy.assign(tf.convert_to_tensor(variable.value)) for variable, copy in self._copies]
+        return tf.group(*taken, self._finished.assign(tf.cast(finished, tf.int64)))
+
+    def restore(self) -> int:
+        """Put everything back to the start of the step that failed. How many steps of the call were finished."""
+        for variable, copy in self._copies:
+            variable.assign(copy.numpy())
+        return int(self._finished.numpy())
+
+    def _cover(self, variables: Iterable[Any]) -> None:
+        for variable in variables:
+            if all(variable is not known for known, _ in self._copies):
+                self._copies.append((variable, tf.Variable(tf.convert_to_tensor(variable.value), trainable=False)))
+
+
+class Records:
+    """What is kept of each step of a call, in variables: so it is there when the call fails.
+
+    Args:
+        states: dtype and shape of each metric variable.
+        num_logs: how many numbers of its own a step returns.
+    """
+
+    def __init__(self, states: Sequence[tuple[tf.DType, tf.TensorShape]], num_logs: int) -> None:
+        self._states = [_growing(dtype, shape) for dtype, shape in states]
+        self._logs = [_growing(tf.float64, tf.TensorShape([])) for _ in range(num_logs)]
+
+    def clear(self, num_states: Any, num_logs: Any) -> None:
+        """Make room for so many of each."""
+        for variables, slots in ((self._states, num_states), (self._logs, num_logs)):
+            for variable in variables:
+                shape = tf.concat([[slots], tf.constant(variable.shape[1:].as_list(), tf.int32)], 0)
+                variable.assign(tf.zeros(shape, variable.dtype))
+
+    def write(self, state_slot: Any, states: Sequence[tf.Tensor], log_slot: Any, logs: Sequence[tf.Tensor]) -> None:
+        for slot, variables, values in ((state_slot, self._states, states), (log_slot, self._logs, logs)):
+            for variable, value in zip(variables, values, strict=True):
+                tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=slot, updates=value)
+
+    def read(self) -> list[tf.Tensor]:
+        """The states, and then the logs."""
+        return [variable.read_value() for variable in (*self._states, *self._logs)]
+
+    def first(self, num_states: int, num_logs: int) -> list[Array]:
+        """The same of the first steps alone, after a call that has failed."""
+        parts = ((self._states, num_states), (self._logs, num_logs))
+        return [np.array(variable.numpy()[:slots]) for variables, slots in parts for variable in variables]
+
+
+def _growing(dtype: tf.DType, shape: tf.TensorShape) -> tf.Variable:
+    return tf.Variable(tf.zeros([0, *shape], dtype), shape=[None, *shape], trainable=False)
