@@ -1,0 +1,132 @@
+"""Claims about making the checkpoints of a fit while it trains, on workers that are only played."""
+
+import contextlib
+import gc
+import shutil
+import sys
+import time
+import uuid
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fsspec
+import played
+import pytest
+from models import blobs, make_classifier
+
+import dtrain
+from dtrain import cluster, fit_state, lease
+from dtrain.checkpoint import MANIFEST, CheckpointStore, Manifest
+from dtrain.checkpointer import Checkpointer, Saving
+from dtrain.config import CheckpointConfig
+from dtrain.controller import Controller, FitRecord
+from dtrain.errors import CheckpointError, TakenOver
+from dtrain.lease import Lease
+from dtrain.progress import ProgressBar
+from dtrain.tracking import NullTracker
+from dtrain.types import BatchPlan, FitPlan, Position
+from dtrain.worker import Worker
+
+BLANK = Manifest(step=0, position=Position(0, 0), world_size=1, seed=0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(str(tmp_path / "checkpoints"))
+
+
+def test_a_worker_has_two_snapshots_in_memory_at_most(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def snapshot() -> Any:
+        copy = played.snapshot_at(Position(0, len(taken) + 1))
+        taken.append(weakref.ref(copy))
+        return copy
+
+    def in_memory() -> list[int]:
+        gc.collect()
+        return [step for step, copy in enumerate(taken, 1) if copy() is not None]
+
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # a Worker puts its own in the place of that
+    worker = Worker("played", 0)
+    worker._replica = SimpleNamespace(snapshot=snapshot)
+    for step, kept in ((1, [1]), (2, [1, 2]), (3, [2, 3]), (4, [3, 4])):  # nobody asks for any of them
+        assert worker.snapshot(step) == Position(0, step)
+        assert in_memory() == kept
+    staging = store.stage(4)
+    shutil.rmtree(staging.url)
+    assert isinstance(worker.write_snapshot(4, staging), CheckpointError)
+    assert in_memory() == []
+
+
+def test_what_is_written_becomes_a_checkpoint_while_something_else_is_waited_for(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def look(method: str) -> None:
+        if method == "run":  # an epoch, and the validation after it
+            seen.append([checkpoint.step for checkpoint in store.list()])
+
+    monkeypatch.setattr(cluster, "put", lambda value: value)
+    group: Any = played.Workers(meanwhile=look)
+    saving = Saving(store, CheckpointConfig(), BLANK)
+    plan, record = FitPlan(BatchPlan(2, 1), epochs=3), FitRecord()
+    Controller(group, NullTracker(), ProgressBar(0)).fit(plan, played.STEPS_PER_EPOCH, b"", saving, record)
+    assert seen == [[0], [0], [0, 2], [0, 2, 4]]
+
+
+def test_a_monitored_metric_that_is_none_is_told_once(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
+    group: Any = played.Workers()
+    saving = Saving(store, CheckpointConfig(monitor="val_acuracy"), BLANK)
+    checkpointer = Checkpointer(group, saving)
+    checkpointer.save(0, {})
+    group.position = Position(0, 1)
+    checkpointer.save(1, {"loss": 1.0})
+    assert caplog.messages == [], "metrics of the validation are there when an epoch has ended"
+    group.position = Position(1, 0)
+    for step in (2, 4):
+        checkpointer.save(step, {"val_accuracy": 0.5, "loss": 1.0})
+    told = (
+        "CheckpointConfig(monitor='val_acuracy'): no best checkpoint is kept, since the metrics are loss, val_accuracy"
+    )
+    assert caplog.messages == [told]
+    assert [checkpoint.step for checkpoint in store.list()] == [1, 2, 4], "they are made all the same"
+
+
+@pytest.mark.parametrize("step", [3])
+@pytest.mark.parametrize("moment", ["begin_fit", "run", "end_fit"])
+def test_a_driver_that_was_taken_over_in_an_object_store_removes_and_commits_nothing(
+    moment: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.0)
+    root = f"memory://{uuid.uuid4().hex}"
+    store = CheckpointStore(f"{root}/taken/checkpoints")
+    found: dict[str, bytes] = {}
+
+    def files() -> dict[str, bytes]:
+        memory = fsspec.filesystem("memory")
+        return {path: memory.cat_file(path) for path in memory.find(f"{root}/taken")}
+
+    def take_over(method: str) -> None:
+        """By another driver, which has not heard of this one for long, and makes a checkpoint."""
+        if method == moment and not found:
+            others.enter_context(Lease.acquire(f"{root}/taken", lambda: time.time() + 100, lambda _: None))
+            staging = store.stage(step)
+            written = fit_state.write(played.snapshot_at(Position(2, 0)), staging, 0)
+            store.commit(staging, replace(BLANK, step=step, files=written))
+            found.update(files())
+
+    keep = CheckpointConfig(keep=1)
+    trainer = dtrain.Trainer(make_classifier, storage_path=root, run_name="taken", checkpoint=keep, tracking=False)
+    played.by(played.Workers(trainer.interrupts, take_over), monkeypatch)
+    with contextlib.ExitStack() as others:
+        with pytest.raises(TakenOver, match="was taken over by process"):
+            trainer.fit(*blobs(8), epochs=2, verbose=0, resume="auto")
+        left = files()
+    assert {name: left.get(name) for name in found} == found
+    assert [name for name in left if name.endswith(MANIFEST) and name not in found] == []
