@@ -14,6 +14,7 @@ from typing import Any
 import cloudpickle
 import keras
 import numpy as np
+import played
 import pytest
 import ray
 import resumption
@@ -382,6 +383,11 @@ class TestBeforeAnythingStarts:
             ({"resume": "nowhere", "run_name": "new"}, CheckpointError, ["nowhere", "no checkpoint"]),
             ({"resume": "auto", "batch_size": 16}, CheckpointError, ["batch_size=16 was 8", "epoch 2"]),
             ({"run_name": "old"}, ConfigError, ["run_name='old' exists already", 'fit(resume="auto")']),
+            (
+                {"resume": "dtrain_runs/old/checkpoints/step-000000013"},
+                ConfigError,
+                ["is not the newest checkpoint of run_name='old'", "step-000000017", "give another run_name"],
+            ),
         ],
     )
     def test_what_cannot_be_gone_on_with(
@@ -394,10 +400,19 @@ class TestBeforeAnythingStarts:
         assert all(word in str(caught.value) for word in words), str(caught.value)
         assert [checkpoint.step for checkpoint in run.list()] == [13, 17]
 
-    def test_a_damaged_newest_one_is_passed_over(self, run: CheckpointStore) -> None:
-        newest = Path(run.list()[-1].url) / "fit.json"
+    def test_a_damaged_newest_one_is_passed_over_and_named(
+        self, run: CheckpointStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        older, damaged = run.list()
+        newest = Path(damaged.url) / "fit.json"
         newest.write_bytes(newest.read_bytes()[:-1])
         loaded, refused = find("auto", RunFolder(str(Path(run.url).parent)))
         assert loaded is not None and loaded.manifest.step == 13 and "fit.json" in refused[0]
         with Lease.acquire(str(Path(run.url).parent)), pytest.raises(ConfigError, match="is being trained by process"):
             dtrain.Trainer(make_model, run_name="old", tracking=False).fit(*blobs(100), resume="auto")
+        played.by(played.Workers(), monkeypatch)
+        trainer = dtrain.Trainer(make_model, run_name="old", tracking=False)
+        trainer.fit(*blobs(100), batch_size=8, epochs=2, verbose=2, resume="auto")
+        told = capsys.readouterr().out.splitlines()
+        assert told[1].startswith(f"passed over: {damaged.url} is damaged: fit.json has 103 bytes, not 104")
+        assert told[2] == f"going on at epoch 2 from {older.url}"
