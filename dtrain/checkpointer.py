@@ -31,7 +31,7 @@ class Saving:
         manifest: what all of them have in common; step, position, files and metrics are filled in.
         begin: called once the workers stand where the fit begins or goes on.
         before_commit: called before each commit: what it returns goes into the manifest's `extra`; it raises
-            CheckpointError where this process may no longer commit.
+            CheckpointError where this process may no longer commit. Also called where one cannot be made.
     """
 
     store: CheckpointStore
@@ -136,6 +136,7 @@ class Checkpointer:
         try:
             staging = saving.store.stage(step)
         except CheckpointError as error:
+            _is_ours(saving)  # a driver that is further may be why: the store takes nothing older
             self._has_failed(error)
             return
         manifest = replace(saving.manifest, step=step, position=position, metrics=metrics)
@@ -217,3 +218,18 @@ class Checkpointer:
         kept = self.newest.url if self.newest else "none yet"
         log.warning("no checkpoint was made, training goes on (the newest one: %s): %s", kept, error)
         self._is_failing = True
+
+
+def _is_ours(saving: Saving) -> bool:
+    """Whether the run is known to be still this driver's.
+
+    Raises:
+        TakenOver: it is another's.
+    """
+    try:
+        saving.before_commit()
+    except TakenOver:
+        raise
+    except CheckpointError:
+        return False
+    return True

@@ -97,8 +97,13 @@ def test_a_monitored_metric_that_is_none_is_told_once(store: CheckpointStore, ca
     assert [checkpoint.step for checkpoint in store.list()] == [1, 2, 4], "they are made all the same"
 
 
-@pytest.mark.parametrize("step", [3])
-@pytest.mark.parametrize("moment", ["begin_fit", "run", "end_fit"])
+@pytest.mark.parametrize(
+    ("moment", "step"),
+    [
+        *(("begin_fit", 3), ("run", 3), ("end_fit", 3)),
+        *(("run", 100), ("end_fit", 100)),  # further than this one gets
+    ],
+)
 def test_a_driver_that_was_taken_over_in_an_object_store_removes_and_commits_nothing(
     moment: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
