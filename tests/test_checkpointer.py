@@ -26,6 +26,7 @@ from dtrain.controller import Controller, FitRecord
 from dtrain.errors import CheckpointError, TakenOver
 from dtrain.lease import Lease
 from dtrain.progress import ProgressBar
+from dtrain.storage import Folder
 from dtrain.tracking import NullTracker
 from dtrain.types import BatchPlan, FitPlan, Position
 from dtrain.worker import Worker
@@ -95,6 +96,23 @@ def test_a_monitored_metric_that_is_none_is_told_once(store: CheckpointStore, ca
     )
     assert caplog.messages == [told]
     assert [checkpoint.step for checkpoint in store.list()] == [1, 2, 4], "they are made all the same"
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_nothing(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group: Any = played.Workers()
+    checkpointer = Checkpointer(group, Saving(store, CheckpointConfig(), BLANK))
+    with monkeypatch.context() as patch:
+        patch.setattr(group, "write_snapshot", lambda *_: CheckpointError("the disk is full"))
+        checkpointer.save(2, {})
+    assert checkpointer.newest is None and Folder(store.url).entries() == {}
+    checkpointer.save(4, {})
+    assert [checkpointer.newest] == list(store.list())
+    assert caplog.messages == [
+        "no checkpoint was made, training goes on (the newest one: none yet): the disk is full",
+        f"checkpoints can be written again: {store.url}/step-000000004",
+    ]
 
 
 @pytest.mark.parametrize(
