@@ -172,8 +172,9 @@ class Checkpointer:
         except TakenOver:  # what lies there may be the other driver's by now
             raise
         except CheckpointError as error:
-            with suppress(CheckpointError):
-                saving.store.discard(writing.staging)
+            if _is_ours(saving):  # or what lies there may be another driver's
+                with suppress(CheckpointError):
+                    saving.store.discard(writing.staging)
             self._has_failed(error)
             return
         try:

@@ -116,14 +116,15 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("moment", "step"),
+    ("moment", "step", "fails"),
     [
-        *(("begin_fit", 3), ("run", 3), ("end_fit", 3)),
-        *(("run", 100), ("end_fit", 100)),  # further than this one gets
+        *(("begin_fit", 3, False), ("run", 3, False), ("end_fit", 3, False)),
+        *(("run", 100, False), ("end_fit", 100, False)),  # further than this one gets
+        ("write_snapshot", 0, True),  # in the place where this one could not write
     ],
 )
 def test_a_driver_that_was_taken_over_in_an_object_store_removes_and_commits_nothing(
-    moment: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, step: int, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.0)
@@ -136,9 +137,10 @@ def test_a_driver_that_was_taken_over_in_an_object_store_removes_and_commits_not
         return {path: memory.cat_file(path) for path in memory.find(f"{root}/taken")}
 
     def take_over(method: str) -> None:
-        """By another driver, which has not heard of this one for long, and makes a checkpoint."""
+        """By another driver, which has not heard of this one for long, goes on, and makes a checkpoint."""
         if method == moment and not found:
             others.enter_context(Lease.acquire(f"{root}/taken", lambda: time.time() + 100, lambda _: None))
+            store.rewind(store.latest())
             staging = store.stage(step)
             written = fit_state.write(played.snapshot_at(Position(2, 0)), staging, 0)
             store.commit(staging, replace(BLANK, step=step, files=written))
@@ -146,7 +148,10 @@ def test_a_driver_that_was_taken_over_in_an_object_store_removes_and_commits_not
 
     keep = CheckpointConfig(keep=1)
     trainer = dtrain.Trainer(make_classifier, storage_path=root, run_name="taken", checkpoint=keep, tracking=False)
-    played.by(played.Workers(trainer.interrupts, take_over), monkeypatch)
+    workers = played.Workers(trainer.interrupts, take_over)
+    played.by(workers, monkeypatch)
+    if fails:
+        monkeypatch.setattr(workers, "write_snapshot", lambda *_: CheckpointError("no route to host"))
     with contextlib.ExitStack() as others:
         with pytest.raises(TakenOver, match="was taken over by process"):
             trainer.fit(*blobs(8), epochs=2, verbose=0, resume="auto")
