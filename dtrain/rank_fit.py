@@ -173,6 +173,8 @@ class RankFit:
         chunks = _chunks(self._feed, epoch, step, part.segment.num_steps, steps_per_call, looked_at)
         with contextlib.closing(chunks):
             for chunk in chunks:
+                self._replica.strikes("data", self._step_of_fit(chunk.first_step))
+                self._replica.strikes.call_begins(self._step_of_fit(chunk.first_step))
                 self._hooks.begin(chunk)
                 state, returned = self._call(part, chunk)
                 part.add(chunk, chunk.num_steps, state, returned)
@@ -193,6 +195,11 @@ class RankFit:
                 if finished:
                     part.add(chunk, finished, states, own)
             raise
+
+    def _step_of_fit(self, step: int) -> int:
+        """The number of a step of the epoch in the whole fit, as far as epochs are known to have steps."""
+        epochs = range(self._plan.initial_epoch, self._position.epoch)
+        return sum(self._feed.steps_in_epoch(epoch) or 0 for epoch in epochs) + step
 
     def _is_end(self, position: Position) -> bool:
         return position.step == self._feed.steps_in_epoch(position.epoch)
@@ -250,6 +257,7 @@ class RankFit:
             logs.update({f"val_{key}": value for key, value in part.validation.items()})
         self._epoch_logs = logs
         known = {key: len(values) for key, values in self._callbacks.history().items()}
+        self._replica.strikes("callback", epoch)
         self._callbacks("on_epoch_end", epoch, logs=logs)
         history = self._callbacks.history()  # it has what callbacks added to the logs, too
         self._logs = {key: values[-1] for key, values in history.items() if len(values) > known.get(key, 0)}

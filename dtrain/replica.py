@@ -24,6 +24,7 @@ from dtrain.data.sampler import even_split, shard
 from dtrain.data.source import ArraySource, Rows, common_shapes, keras_batch, leaves, map_tree, shapes_of
 from dtrain.data.stream import StreamLoader
 from dtrain.errors import ConfigError, DataError
+from dtrain.faults import Strikes
 from dtrain.feeds import OpenFeed, open_feed, to_tensors
 from dtrain.fit_state import SavedFit, Snapshot
 from dtrain.metrics import MetricState, last_of, sum_in_rank_order
@@ -68,14 +69,21 @@ class Replica:
         collective: this rank's group.
         sync_batch_norm: every BatchNormalization uses the statistics of the whole mini-batch.
         sparse_as_dense: sparse gradients are made dense and summed, instead of gathered as they are.
+        strikes: the faults that a test has planned.
     """
 
     def __init__(
-        self, model: keras.Model, collective: Collective, sync_batch_norm: bool = False, sparse_as_dense: bool = False
+        self,
+        model: keras.Model,
+        collective: Collective,
+        sync_batch_norm: bool = False,
+        sparse_as_dense: bool = False,
+        strikes: Strikes | None = None,
     ) -> None:
         self.model = model
         self.collective = collective
         self.progress = Progress("idle")
+        self.strikes = strikes or Strikes()
         self._sync_batch_norm = sync_batch_norm
         self._sparse_as_dense = sparse_as_dense
         self._has_variables = False
@@ -303,6 +311,7 @@ class Replica:
         call = ranked if in_batches else ranked.call_here
         outputs, sizes = [], []
         for chunk in own.one_pass(1) if own is not None else ():
+            self.strikes("predict", chunk.first_step)
             call("on_predict_batch_begin", chunk.first_step)
             output = self._predict_batch(map_tree(lambda leaf: leaf[0], chunk.data))
             outputs.append(tf.nest.map_structure(lambda leaf: leaf.numpy(), output))
@@ -355,6 +364,7 @@ class Replica:
         callbacks("on_test_begin")
         state, own = None, None
         for chunk in feed.one_pass(1 if hooks.are_used else steps_per_call):
+            self.strikes("evaluate", chunk.first_step)
             hooks.begin(chunk)
             state, own = self.call("test", chunk)
             hooks.end(chunk, state, own)

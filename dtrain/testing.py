@@ -9,6 +9,7 @@ import numpy as np
 from dtrain.data.source import ArraySource
 from dtrain.driver_tensorflow import import_tensorflow
 from dtrain.errors import DataError
+from dtrain.faults import Fault, FaultPlan, Phase, PlannedError
 from dtrain.trainer import Trainer
 from dtrain.types import Tree
 
@@ -16,6 +17,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import keras
+
+__all__ = [
+    "Fault",
+    "FaultPlan",
+    "PlannedError",
+    "Shardability",
+    "check_shardable",
+    "delay",
+    "kill",
+    "nan",
+    "raise_in",
+    "stop",
+]
 
 TOLERANCE = 1e-4
 """Float32 rounds; what is no mean over rows is further off."""
@@ -94,3 +108,42 @@ def check_shardable(
 
 def _largest(one: list[Any], other: list[Any]) -> float:
     return max((float(np.max(np.abs(a - b), initial=0.0)) for a, b in zip(one, other, strict=True)), default=0.0)
+
+
+def kill(rank: int, step: int, *, phase: Phase = "step", life: int = 0) -> Fault:
+    """SIGKILL of a worker, inside `with FaultPlan(...)`.
+
+    Args:
+        rank: whose.
+        step: in which step of the fit, counted from 0; of other phases see `Fault.number`.
+        phase: where.
+        life: how many processes had this rank before.
+
+    Example:
+        >>> with dtrain.testing.FaultPlan(dtrain.testing.kill(rank=1, step=7)):
+        ...     with dtrain.Trainer(make_model, num_workers=2) as trainer:
+        ...         history = trainer.fit(x, y)
+        >>> history.recoveries[0].rank
+        1
+    """
+    return Fault("kill", rank, phase, step, life=life)
+
+
+def stop(rank: int, step: int, *, phase: Phase = "step", life: int = 0) -> Fault:
+    """SIGSTOP of a worker, which stays there and says nothing; the rest as in `kill`."""
+    return Fault("stop", rank, phase, step, life=life)
+
+
+def raise_in(phase: Phase, rank: int, step: int, *, life: int = 0) -> Fault:
+    """A worker raises `PlannedError`; the rest as in `kill`."""
+    return Fault("raise", rank, phase, step, life=life)
+
+
+def delay(rank: int, step: int, seconds: float, *, phase: Phase = "data", life: int = 0) -> Fault:
+    """A worker sleeps; the rest as in `kill`."""
+    return Fault("delay", rank, phase, step, seconds, life)
+
+
+def nan(rank: int, step: int, *, life: int = 0) -> Fault:
+    """A worker's gradients of one step are NaN."""
+    return Fault("nan", rank, "step", step, life=life)

@@ -20,6 +20,7 @@ from dtrain.callback_state import Hooks, export_state
 from dtrain.checkpoint import FileRecord, Staging
 from dtrain.data.given import unpickled
 from dtrain.errors import CheckpointError, DtrainError, LostPeer
+from dtrain.faults import Strikes
 from dtrain.types import (
     Batching,
     BatchPlan,
@@ -70,6 +71,7 @@ class Worker:
         self._settings: WorkerSettings | None = None
         self._hooks = Hooks(())
         self._snapshots: dict[int, Any] = {}
+        self._strikes = Strikes()
         sys.stdout = self._printed
 
     def __repr__(self) -> str:
@@ -100,7 +102,13 @@ class Worker:
         """Be a rank of a group that is yet to form: what the ranks would agree on is what this one says."""
         from dtrain.collective import HorovodCollective, LocalCollective
 
+        assert self._settings is not None
         self._collective = HorovodCollective(membership) if membership.world_size > 1 else LocalCollective()
+        if self._settings.faults:
+            from dtrain.struck_collective import StruckCollective
+
+            self._strikes = Strikes(self._settings.faults)
+            self._collective = StruckCollective(self._collective, self._strikes)
 
     @_reported
     def join(self, membership: Membership, rendezvous: str, interface: str | None) -> None:
@@ -128,12 +136,14 @@ class Worker:
         from dtrain.replica import Replica
 
         assert self._settings is not None
+        self._strikes("start")
         model_fn, config = unpickled("model_fn", pickled_model_fn)
         self._replica = Replica(
             make_model(model_fn, config),
             self._collective,
             self._settings.sync_batch_norm,
             self._settings.sparse_as_dense,
+            self._strikes,
         )
 
     @_reported
@@ -211,6 +221,7 @@ class Worker:
     @_reported
     def end_fit(self) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
         """Keras's history, and on rank 0 the state of the user's callbacks."""
+        self._strikes("shutdown")
         history = self._replica.end_fit()
         return history, self._callback_states()
 
@@ -262,6 +273,7 @@ class Worker:
         """Write what `snapshot` kept, while training goes on. The files' records, or why they cannot be written."""
         from dtrain import fit_state
 
+        self._strikes("checkpoint")
         snapshot = self._snapshots.pop(key)
         for other in [other for other in list(self._snapshots) if other < key]:  # which nobody will ask for any more
             self._snapshots.pop(other, None)

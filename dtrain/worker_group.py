@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dtrain.cluster import NAMESPACE, who_is_using
 from dtrain.errors import ConfigError, WorkerDied, WorkerError
+from dtrain.faults import FaultPlan
 from dtrain.interrupts import Interrupts
 from dtrain.rendezvous import RendezvousServer, Scope, assign
 from dtrain.types import Array, Failure, ModelDescription, Progress, WorkerInfo, WorkerSettings
@@ -336,6 +337,9 @@ class WorkerGroup:
         nodes = [worker.node_id for worker in self.workers]
         settings = [self.spec.settings(cpus.get(node, 1.0), nodes.count(node)) for node in nodes]
         self.intra_threads = settings[0].intra_threads
+        if FaultPlan.current is not None:
+            planned = {rank: FaultPlan.current.of_next_life(rank) for rank in ranks}
+            settings = [replace(own, faults=planned.get(rank, ())) for rank, own in enumerate(settings)]
         memberships = assign(nodes, self._generation)
         for method, every in (("setup", settings), ("take_place", memberships)):
             calls = [getattr(self._actors[rank], method).remote(every[rank]) for rank in ranks]

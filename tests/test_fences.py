@@ -13,24 +13,26 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "dtrain"
 
 STOREYS = {
-    "words": "config types errors",
+    "words": "config types errors faults",
     "leaves": "model keras_internals data data.source data.sampler data.loader collective rendezvous storage"
     " lease checkpoint runs tracking journal mlflow_run progress plots description history setup"
     " driver_tensorflow horovod_build _horovod_cmake data.blocks data.files data.columns"
     " data.parquet_files data.checks data.tf_records data.ray_blocks callback_state schedules data.given data.stream"
     " state_tree callback_checkpoint interrupts fit_state",
-    "one rank": "replica rank_state feeds step optimizer losses metrics batch_norm callbacks",
+    "one rank": "replica rank_fit rank_state batch_hooks undo struck_collective feeds step optimizer losses metrics"
+    " batch_norm callbacks",
     "many": "worker_group worker telemetry cluster",
-    "decisions": "controller checkpointer policy",
+    "decisions": "controller checkpointer recoveries policy",
     "faces": "trainer weights fit_run resume arguments named cli doctor testing",
 }
 """From the ground up. `dtrain` itself only says where names are, and stands above all."""
 
 OWNERS = {
     "ray": "cluster worker_group worker telemetry data.ray_*",
-    "tensorflow": "driver_tensorflow replica feeds step optimizer losses metrics batch_norm collective setup data.tf_*",
-    "keras": "model keras_internals replica rank_state step optimizer losses metrics batch_norm callbacks setup"
-    " schedules",
+    "tensorflow": "driver_tensorflow replica undo struck_collective feeds step optimizer losses metrics batch_norm"
+    " collective setup data.tf_*",
+    "keras": "model keras_internals replica rank_fit undo rank_state step optimizer losses metrics batch_norm callbacks"
+    " setup schedules",
     "keras.src": "keras_internals",
     "horovod": "collective doctor",
     "mlflow": "mlflow_run",

@@ -1,0 +1,33 @@
+"""Owns where planned faults strike in what ranks exchange (see faults.py)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from dtrain.faults import Strikes
+
+
+class StruckCollective:
+    """A collective in which faults strike; otherwise what it goes round."""
+
+    def __init__(self, collective: Any, strikes: Strikes) -> None:
+        self._collective = collective
+        self._strikes = strikes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._collective, name)
+
+    def all_reduce(self, tensors: Sequence[Any], name: str) -> list[Any]:
+        if name in ("gradients0.1", "gradients.1"):
+            factor = tf.py_function(self._strikes.in_step, [], tf.float64)
+            factor.set_shape([])
+            tensors = [tensor * tf.cast(factor, tensor.dtype) for tensor in tensors]
+        reduced: list[Any] = self._collective.all_reduce(tensors, name)
+        return reduced
+
+    def broadcast(self, arrays: Sequence[Any], name: str, root: int = 0) -> list[Any]:
+        if name == "state":
+            self._strikes("broadcast")
+        received: list[Any] = self._collective.broadcast(arrays, name, root)
+        return received

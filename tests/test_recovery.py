@@ -1,0 +1,197 @@
+"""Claims about a fit whose workers die: the others go on in place, no step is lost, and it ends as if nobody had."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import keras
+import models
+import numpy as np
+import pytest
+from models import blobs
+
+import dtrain
+from dtrain.errors import WorkerDied, WorkerError
+from dtrain.testing import Fault, FaultPlan, kill, raise_in
+
+for module in (models, sys.modules[__name__]):  # the workers do not have the tests' folder on their path
+    cloudpickle.register_pickle_by_value(module)
+
+EPOCHS, STEPS = 4, 10
+
+
+class Traced(keras.layers.Layer):  # type: ignore[misc]
+    """Counts how often it is traced for training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = 0
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        self.times += bool(training)
+        return x
+
+
+def make_model() -> Any:
+    keras.utils.set_random_seed(4)
+    model = keras.Sequential(
+        [
+            keras.Input((5,)),
+            keras.layers.Dense(8, "relu"),
+            Traced(),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.3),
+            keras.layers.Dense(3, activation="softmax"),
+        ]
+    )
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.01, 10, 0.9)
+    model.compile(keras.optimizers.Adam(schedule), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+class Notes(keras.callbacks.Callback):  # type: ignore[misc]
+    """Keeps which hooks were called, over the lives of its process, and how often the model was traced in this one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[int] = []
+        self.ended: list[int] = []
+        self.pids: list[int] = []
+        self.traces = 0
+
+    def get_state(self) -> dict[str, list[int]]:
+        return {"begun": self.begun, "ended": self.ended, "pids": self.pids}
+
+    def set_state(self, state: dict[str, list[int]]) -> None:
+        self.begun, self.ended, self.pids = (list(state[name]) for name in ("begun", "ended", "pids"))
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.begun.append(epoch)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.ended.append(epoch)
+        self.pids.append(os.getpid())
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self.traces = next(layer for layer in self.model.layers if hasattr(layer, "times")).times
+
+
+@dataclass(frozen=True)
+class Outcome:
+    history: dtrain.History
+    weights: list[np.ndarray]
+    optimizer: list[np.ndarray]
+    notes: Notes
+    pids: tuple[list[int], list[int]]
+    """Of the workers before and after."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Run in a folder that the tests share."""
+    before, here = Path.cwd(), tmp_path_factory.mktemp("recovery")
+    os.chdir(here)
+    yield here
+    os.chdir(before)
+
+
+def train(name: str, *faults: Fault, num_workers: int = 2, **arguments: Any) -> Outcome:
+    x, y = blobs(100)
+    notes = Notes()
+    stopping = keras.callbacks.EarlyStopping("val_loss", patience=99, restore_best_weights=True)
+    tracking = dtrain.MLflowConfig(log_model=False)
+    given = {"checkpoint": False, "tracking": tracking, **arguments}
+    with (
+        FaultPlan(*faults),
+        dtrain.Trainer(make_model, num_workers=num_workers, threads_per_worker=1, run_name=name, **given) as trainer,
+    ):
+        trainer.evaluate(x[:8], y[:8], verbose=0)
+        before = [worker.pid for worker in trainer.workers]
+        history = trainer.fit(
+            x, y, batch_size=8, epochs=EPOCHS, validation_split=0.2, verbose=0, callbacks=[notes, stopping]
+        )
+        after = [worker.pid for worker in trainer.workers]
+        optimizer = [variable.numpy() for variable in trainer.model.optimizer.variables]
+        return Outcome(history, trainer.get_weights(), optimizer, notes, (before, after))
+
+
+def steps_on_record(name: str) -> list[int]:
+    """The numbers of the steps that the run's journal has the loss of."""
+    found: list[int] = []
+    for line in Path(f"dtrain_runs/{name}/journal.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["event"] == "steps" and "loss" in event["metrics"]:
+            found += range(event["first_step"], event["first_step"] + len(event["metrics"]["loss"]))
+    return found
+
+
+def assert_same_end(ours: Outcome, theirs: Outcome) -> None:
+    for name in ("weights", "optimizer"):
+        pairs = zip(getattr(ours, name), getattr(theirs, name), strict=True)
+        assert all(np.array_equal(one, other) for one, other in pairs), name
+    assert ours.history.epoch == theirs.history.epoch
+    for name, values in theirs.history.history.items():
+        if name.startswith("val_"):
+            assert ours.history.history[name] == values, name
+    assert ours.notes.begun == ours.notes.ended == list(range(EPOCHS))
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Outcome:
+    return train("undisturbed")
+
+
+def test_the_survivor_goes_on_in_place_with_no_step_lost_or_redone(undisturbed: Outcome) -> None:
+    found = train("survived", kill(rank=1, step=13))
+    assert_same_end(found, undisturbed)
+    before, after = found.pids
+    assert after[0] == before[0] and after[1] != before[1]
+    assert set(found.notes.pids) == {before[0]}
+    assert found.notes.traces == undisturbed.notes.traces == 1
+    (recovery,) = found.history.recoveries
+    assert recovery.rank == 1 and recovery.steps_redone == 0 and "died" in recovery.cause and recovery.seconds > 0
+    assert steps_on_record("survived") == steps_on_record("undisturbed") == list(range(EPOCHS * STEPS))
+
+
+def test_workers_may_die_in_any_phase_one_after_the_other(undisturbed: Outcome) -> None:
+    found = train(
+        "any-phase",
+        kill(rank=0, step=0),
+        kill(rank=1, step=17, phase="data"),
+        kill(rank=1, step=0, phase="evaluate", life=1),
+        kill(rank=0, step=1, phase="callback", life=1),
+        kill(rank=0, step=0, phase="checkpoint", life=2),
+        checkpoint=True,
+    )
+    assert_same_end(found, undisturbed)
+    recoveries = found.history.recoveries
+    assert [recovery.rank for recovery in recoveries] == [0, 1, 1, 0, 0]
+    assert all(recovery.steps_redone == 0 for recovery in recoveries)
+    assert steps_on_record("any-phase") == list(range(EPOCHS * STEPS))
+
+
+def test_of_three_two_may_die_at_once(undisturbed: Outcome) -> None:
+    control = train("three", num_workers=3)
+    found = train("two-of-three", kill(rank=0, step=5), kill(rank=2, step=5), num_workers=3)
+    assert_same_end(found, control)
+    before, after = found.pids
+    assert after[1] == before[1] and after[0] != before[0] and after[2] != before[2]
+    assert steps_on_record("two-of-three") == list(range(EPOCHS * STEPS))
+
+
+def test_what_the_users_code_raises_is_not_tried_again() -> None:
+    with pytest.raises(WorkerError, match="PlannedError: planned for rank 1 in data 3") as caught:
+        train("raises", raise_in("data", rank=1, step=3))
+    assert not isinstance(caught.value, WorkerDied)
+
+
+def test_a_step_that_kills_again_and_again_ends_the_fit_and_is_named() -> None:
+    faults = [kill(rank=1, step=3, life=life) for life in range(2)]
+    told = r"rank 1 .* died .* that was failure 2 in a row, after 3 steps"
+    with pytest.raises(WorkerDied, match=told):
+        train("hopeless", *faults, failure=dtrain.FailureConfig(max_failures=1))
