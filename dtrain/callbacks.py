@@ -91,8 +91,7 @@ class RankCallbacks:
             self._half_done = (hook, args), assigned
         elif self._owes_first:
             with recorded_assignments() as assigned:
-                for callback in self._only_first:
-                    getattr(callback, hook)(*args, logs)
+                self.make_up_for(hook, *args, logs=logs)
             self._half_done = (hook, args), assigned
         self._owes_first = False
         if self._collective.world_size > 1 and self._only_first and self._may_differ(hook):
@@ -112,6 +111,11 @@ class RankCallbacks:
         """Go on as another rank would, whose callbacks' state these have by now."""
         self._half_done = (half_done, []) if half_done is not None else None
         self._owes_first = half_done is not None and self._collective.rank == 0
+
+    def make_up_for(self, hook: str, *args: Any, logs: Logs | None = None) -> None:
+        """Call `hook` of what is on rank 0 alone: here the process that it was called in has died."""
+        for callback in (*self._only_first, self._model.history):
+            getattr(callback, hook)(*args, logs)
 
     def history(self) -> dict[str, list[float]]:
         """Keras's History of the fit so far."""

@@ -82,13 +82,15 @@ class Strikes:
         self._times: Counter[str] = Counter()
         self._step = 0
 
-    def __call__(self, phase: Phase, number: int | None = None) -> None:
-        """Called where a phase begins. `number` None: how often it was called so far.
+    def __call__(self, phase: Phase, number: int | None = None, count: int = 1) -> None:
+        """Called where a phase begins, of `count` steps. `number` None: how often it was called so far.
 
         Raises:
             PlannedError: so it was planned.
         """
-        self._strike(phase, self._times[phase] if number is None else number)
+        first = self._times[phase] if number is None else number
+        for each in range(first, first + count):
+            self._strike(phase, each)
         self._times[phase] += 1
 
     def call_begins(self, step: int) -> None:

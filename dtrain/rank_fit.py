@@ -173,8 +173,9 @@ class RankFit:
         chunks = _chunks(self._feed, epoch, step, part.segment.num_steps, steps_per_call, looked_at)
         with contextlib.closing(chunks):
             for chunk in chunks:
-                self._replica.strikes("data", self._step_of_fit(chunk.first_step))
-                self._replica.strikes.call_begins(self._step_of_fit(chunk.first_step))
+                step_of_fit = self._step_of_fit(chunk.first_step)
+                self._replica.strikes("data", step_of_fit, chunk.num_steps)
+                self._replica.strikes.call_begins(step_of_fit)
                 self._hooks.begin(chunk)
                 state, returned = self._call(part, chunk)
                 part.add(chunk, chunk.num_steps, state, returned)
@@ -341,6 +342,10 @@ class RankFit:
         self._model.stop_training = handover.stop
         self._segments, self._result = handover.segments, handover.result
         self._has_begun = handover.has_begun
+        begun_since = handover.has_begun and handover.part is not None and handover.part.segment.position.step == 0
+        if self._collective.rank == 0 and begun_since:  # in a process whose callbacks' state is lost from there on
+            self._callbacks.make_up_for("on_epoch_begin", self._position.epoch)
+            self._take_state(handover)
         self._callbacks.take_over(handover.half_done)
         self._align(handover)
 
@@ -355,9 +360,12 @@ class RankFit:
             self._callbacks.call_here("on_epoch_begin", handover.fit.position.epoch)
             self._has_begun = True
         if handover.part is not None and (self._part is None or self._part.steps < handover.part.steps):
-            write_state(self._model, handover.fit.state)
-            self._replica.spread_seeds()
+            self._take_state(handover)
         self._align(handover)
+
+    def _take_state(self, handover: Handover) -> None:
+        write_state(self._model, handover.fit.state)
+        self._replica.spread_seeds()
 
     def _close_as(self, part: _Part, result: SegmentResult) -> None:
         if part.steps < result.num_steps:

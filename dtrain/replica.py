@@ -364,7 +364,7 @@ class Replica:
         callbacks("on_test_begin")
         state, own = None, None
         for chunk in feed.one_pass(1 if hooks.are_used else steps_per_call):
-            self.strikes("evaluate", chunk.first_step)
+            self.strikes("evaluate", chunk.first_step, chunk.num_steps)
             hooks.begin(chunk)
             state, own = self.call("test", chunk)
             hooks.end(chunk, state, own)
