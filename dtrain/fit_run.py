@@ -70,6 +70,7 @@ class FitRun:
         self._plan = wanted.plan
         self._verbose = verbose
         self._name = name
+        self._resume = resume
         self._record = FitRecord()
         self._model: ModelDescription | None = None
         self._opened: dict[str, Opened] = {}
@@ -161,13 +162,16 @@ class FitRun:
         """Get ready to go on from the newest checkpoint; raises the error where that is not to be."""
         record = self._record
         self._recoveries.begin(error, record.steps)
-        if self._folder is None or self._folder.checkpoints.latest() is None:
-            raise self._recoveries.last_word(error)
         finished = record.steps
-        self._goes_on = True
-        self._find_start(AUTO)
-        assert self._loaded is not None
-        self._trainer.keep_for_fall_back(self._loaded.checkpoint.url)
+        if self._folder is not None and self._folder.checkpoints.latest() is not None:
+            self._goes_on = True
+            self._find_start(AUTO)
+            assert self._loaded is not None
+            self._trainer.keep_for_fall_back(self._loaded.checkpoint.url)
+        elif finished == (self._loaded.manifest.step if self._loaded is not None else 0):  # nothing is lost
+            self._find_start(self._resume)
+        else:
+            raise self._recoveries.last_word(error)
         self._recoveries.redo(max(0, finished - record.steps))
         place = in_words(record.position)
         self._display.note(f"{error.message}: going on at {place} with new workers ({self._recoveries})")

@@ -21,11 +21,12 @@ from dtrain.controller import Controller
 from dtrain.data.given import Given
 from dtrain.data.source import DataSource
 from dtrain.doctor import quick_horovod_problem
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, WorkerDied
 from dtrain.fit_run import FitRun
 from dtrain.history import History
 from dtrain.interrupts import Interrupts
 from dtrain.progress import ProgressBar
+from dtrain.recoveries import Recoveries
 from dtrain.resume import AUTO, check_resume
 from dtrain.runs import unique_name, validate_name
 from dtrain.tracking import NullTracker
@@ -494,18 +495,36 @@ class Trainer:
         callbacks: Any,
         verbose: int | str,
     ) -> list[Any]:
-        """Run `evaluate` or `predict` on all workers; what each returned."""
+        """Run `evaluate` or `predict` on all workers; what each returned. Again with new ones where some have died."""
         hooks = arguments.callback_list(callbacks)
         with self.interrupts, ProgressBar(verbose, 1, workers=self.num_workers, task=task) as display:
-            group, opened = self.start(data, plan, display, task)
-            display.expect(opened.steps_per_epoch)
-            controller = Controller(group, NullTracker(), display, self.interrupts)
-            pickled_hooks = arguments.pickled_hooks(hooks, verbose)
-            results = controller.run_pass(task, plan, pickled_hooks)
-            if hooks:
-                for callback, state in zip(hooks, group.call("callback_states")[0], strict=True):
-                    import_state(callback, state)
-            return results
+            recoveries = Recoveries(self.failure)
+            while True:
+                try:
+                    return self._pass_once(task, plan, data, hooks, verbose, display)
+                except WorkerDied as error:
+                    recoveries.begin(error, 0)
+                    if not self._weights.outlive(self._group):
+                        raise
+                    display.note(f"{error.message}: beginning {task} again with new workers ({recoveries})")
+
+    def _pass_once(
+        self,
+        task: Literal["evaluate", "predict"],
+        plan: BatchPlan | Batching,
+        data: Given,
+        hooks: Sequence[Any],
+        verbose: int | str,
+        display: ProgressBar,
+    ) -> list[Any]:
+        group, opened = self.start(data, plan, display, task)
+        display.expect(opened.steps_per_epoch)
+        controller = Controller(group, NullTracker(), display, self.interrupts)
+        results = controller.run_pass(task, plan, arguments.pickled_hooks(hooks, verbose))
+        if hooks:
+            for callback, state in zip(hooks, group.call("callback_states")[0], strict=True):
+                import_state(callback, state)
+        return results
 
     def _on_batch(self, kind: str, source: DataSource) -> Logs:
         with self.interrupts, ProgressBar(0) as display:

@@ -147,6 +147,12 @@ class Weights:
             self._pending = group.rescued
         self._are_lost = self._pending is None
 
+    def outlive(self, group: WorkerGroup | None) -> bool:
+        """Take the weights from a group that has failed, if they are anywhere. Whether they are, or there were none."""
+        if group is not None:
+            self.keep(group)
+        return not self._are_lost
+
     def fall_back(self) -> None:
         """Where workers died with the weights, go on from the newest checkpoint, or from the factory's weights."""
         if not self._are_lost:

@@ -250,10 +250,15 @@ class Worker:
         return logs
 
     @_reported
-    def read_state(self, alone: bool = False) -> Any:
-        """The job's state, from rank 0; nothing from the others. `alone`: the others are gone."""
-        state = self._replica.read_state(alone)
+    def read_state(self) -> Any:
+        """The job's state, from rank 0; nothing from the others."""
+        state = self._replica.read_state()
         return state if self._rank == 0 else None
+
+    @_reported
+    def rescue(self) -> Any:
+        """The job's state from any rank, when the others are gone."""
+        return self._replica.read_state_as_first()
 
     @_reported
     def write_state(self, state: Any) -> None:

@@ -43,7 +43,7 @@ BLAME_SECONDS = 3.0
 SURVIVAL_SECONDS = 60.0
 """After a first failure that may be survived, how long the others have to notice; one that has not by then is dead."""
 RESCUE_SECONDS = 10.0
-"""After a failure, how long rank 0 has to hand over the state before its process ends, too."""
+"""After a failure, how long a rank has to hand over the state before its process ends, too."""
 START_SECONDS = 600.0
 """How long Ray may take to start the processes, what runtime_env asks for included."""
 PROGRESS_SECONDS = 1.0
@@ -243,13 +243,13 @@ class WorkerGroup:
         dead = [rank for rank, failure in failures.items() if failure.died] + list(pending.values())
         if survivable and isinstance(error, WorkerDied) and len(dead) < len(self._actors):
             raise GroupBroken(sorted(dead), error)
-        self.fail()
+        self.fail(dead)
         raise error
 
-    def fail(self) -> None:
-        """Close after a failure; what can be saved of the workers' state is `rescued`."""
+    def fail(self, dead: Sequence[int] = ()) -> None:
+        """Close after a failure, of which some ranks have died; what can be saved of the workers' state is `rescued`."""
         try:
-            self.rescued = self._rescue()
+            self.rescued = self._rescue(dead)
         finally:
             self.close()
 
@@ -292,15 +292,15 @@ class WorkerGroup:
                 if rendezvous is not None:
                     rendezvous.close()
 
-    def _rescue(self) -> dict[str, Array] | None:
-        """Rank 0's state, which is the job's, if it can still tell it."""
-        if self.description is None:
+    def _rescue(self, dead: Sequence[int]) -> dict[str, Array] | None:
+        """The job's state from the first rank that lives, if it can still tell it."""
+        left = [actor for rank, actor in enumerate(self._actors) if rank not in dead]
+        if self.description is None or not left:
             return None
-        for actor in self._actors[1:]:
-            ray.kill(actor, no_restart=True)  # rank 0 may be waiting for them: their end sets it free
+        for actor in left[1:]:
+            ray.kill(actor, no_restart=True)  # the first may be waiting for them: their end sets it free
         with contextlib.suppress(RayError):
-            call = self._actors[0].read_state.remote(alone=True)
-            state: dict[str, Array] | Failure = ray.get(call, timeout=RESCUE_SECONDS)
+            state: dict[str, Array] | Failure = ray.get(left[0].rescue.remote(), timeout=RESCUE_SECONDS)
             return None if isinstance(state, Failure) else state
         return None
 
