@@ -386,7 +386,6 @@ def test_files_are_written_once_where_keras_would_write_them(
 def test_tensorboard_shows_what_it_shows_of_keras(
     trainer: dtrain.Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("tensorboard")
     x, y = blobs(45)
     plain = classifier()()
     for found, folder in ((plain, tmp_path / "plain"), (trainer, tmp_path / "ours")):
