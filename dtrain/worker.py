@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import socket
 import sys
 import threading
@@ -339,11 +340,22 @@ class _Tee(io.TextIOBase):
         return tuple(line for line in lines if not line.startswith(_RAY_MARKS))
 
 
+_CHANNELS_LAST_ONLY = re.compile(r"only support(s|ed for) (the )?ND?HWC")
+"""What TensorFlow says of layers in channels_first: "The Conv2D op currently only supports the NHWC tensor format"."""
+_USE_CHANNELS_LAST = (
+    'TensorFlow cannot compute this layer in data_format="channels_first" on this CPU: make it with'
+    ' data_format="channels_last", or all with keras.config.set_image_data_format("channels_last") at the top of'
+    " model_fn, and put the channels of the data last; or train on GPUs with use_gpu=True"
+)
+
+
 def _failure(error: BaseException) -> Failure:
     with contextlib.suppress(Exception):
         from dtrain.collective import is_lost_peer
 
         lost_peer = is_lost_peer(error)
+        if _CHANNELS_LAST_ONLY.search(str(error)):
+            error.add_note(_USE_CHANNELS_LAST)
         return Failure(
             error="".join(traceback.format_exception_only(error)).strip(),
             traceback=_users_traceback(error),
