@@ -7,7 +7,7 @@ from dtrain.callbacks import RankCallbacks
 from dtrain.data.loader import Chunk
 from dtrain.metrics import last_of
 from dtrain.step import Kind
-from dtrain.types import Array
+from dtrain.types import Array, Logs
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,23 @@ class BatchHooks:
         callbacks: whose hooks.
         steps: of an execution; the last of an epoch may have fewer. No chunk reaches over its end.
         global_logs: a Replica's.
+        nested: puts logs as the step returned them.
     """
 
     def __init__(
-        self, kind: Kind, callbacks: RankCallbacks, steps: int, global_logs: Callable[..., dict[str, Array]]
+        self,
+        kind: Kind,
+        callbacks: RankCallbacks,
+        steps: int,
+        global_logs: Callable[..., dict[str, Array]],
+        nested: Callable[[Logs], Logs],
     ) -> None:
         self.are_used = callbacks.has_batch_hooks(kind)
         self._kind: Kind = kind
         self._callbacks = callbacks
         self._steps = steps
         self._global_logs = global_logs
+        self._nested = nested
         self._last: _Execution | None = None
 
     def begin(self, chunk: Chunk) -> None:
@@ -69,5 +76,5 @@ class BatchHooks:
             logs = last_of(self._global_logs(self._kind, [last.state], [last.own], "batch"))
             # What Keras gives as the last step of an execution may be beyond the last of the epoch.
             step = (last.first_step // self._steps + 1) * self._steps - 1
-            self._callbacks(f"on_{self._kind}_batch_end", step, logs=logs)
+            self._callbacks(f"on_{self._kind}_batch_end", step, logs=self._nested(logs))
             self._last = None

@@ -193,3 +193,24 @@ def flat_logs(logs: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in sorted(logs.items()):
         flat.update(flat_logs(value) if isinstance(value, Mapping) else {name: value})
     return flat
+
+
+def places_in(logs: Mapping[str, Any], outer: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
+    """For each name that `flat_logs` gives the names that lead to it: Keras sorts by the first of them."""
+    places: dict[str, tuple[str, ...]] = {}
+    for name, value in sorted(logs.items()):
+        here = (*outer, name)
+        places.update(places_in(value, here) if isinstance(value, Mapping) else {name: here})
+    return places
+
+
+def nested_logs(flat: Mapping[str, Any], places: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Logs as deep as they were before `flat_logs`; those without a place are on top."""
+    logs: dict[str, Any] = {}
+    for name, value in flat.items():
+        *outer, last = places.get(name, (name,))
+        inside = logs
+        for key in outer:
+            inside = inside.setdefault(key, {})
+        inside[last] = value
+    return logs

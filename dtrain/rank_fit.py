@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import keras
 import numpy as np
 
-from dtrain.batch_hooks import BatchHooks
 from dtrain.callback_checkpoint import (
     CallbackState,
     matched,
@@ -101,7 +100,7 @@ class RankFit:
         self._feed = feed
         self._validation = validation
         self._callbacks = callbacks
-        self._hooks = BatchHooks("train", callbacks, replica.model.steps_per_execution, replica.global_logs)
+        self._hooks = replica.batch_hooks("train", callbacks)
         self._batch_bytes = batch_bytes
         self._position = Position(plan.initial_epoch, 0)
         self._logs: Logs = {}
@@ -140,7 +139,7 @@ class RankFit:
         optimizer = self._model.optimizer
         if isinstance(optimizer, keras.optimizers.Optimizer) and self._plan.epochs > 0:
             optimizer.finalize_variable_values(self._model.trainable_weights)
-        self._callbacks("on_train_end", logs=self._epoch_logs)
+        self._callbacks("on_train_end", logs=self._replica.nested("train", self._epoch_logs))
         self.close()
         return self._callbacks.history()
 
@@ -259,7 +258,7 @@ class RankFit:
         self._epoch_logs = logs
         known = {key: len(values) for key, values in self._callbacks.history().items()}
         self._replica.strikes("callback", epoch)
-        self._callbacks("on_epoch_end", epoch, logs=logs)
+        self._callbacks("on_epoch_end", epoch, logs=self._replica.nested("train", logs))
         history = self._callbacks.history()  # it has what callbacks added to the logs, too
         self._logs = {key: values[-1] for key, values in history.items() if len(values) > known.get(key, 0)}
         return EpochEnd(epoch, _numbers(self._logs), learning_rate(self._model))
@@ -374,7 +373,8 @@ class RankFit:
         if result.epoch_end is not None:
             self._epoch_logs = dict(result.epoch_end.logs)
             if self._callbacks.half_done is None:
-                self._callbacks.call_here("on_epoch_end", result.epoch_end.epoch, logs=self._epoch_logs)
+                logs = self._replica.nested("train", self._epoch_logs)
+                self._callbacks.call_here("on_epoch_end", result.epoch_end.epoch, logs=logs)
             self._logs = dict(result.epoch_end.logs)
         part.step_logs = dict(result.step_logs)
         self._close(part, result.logs, result.epoch_end)

@@ -357,7 +357,7 @@ class Replica:
     def evaluate_on(self, feed: Feed, callbacks: RankCallbacks, batch_bytes: int) -> Logs:
         """The metrics of a pass over open data; this rank's rows of a mini-batch take so many bytes. Collective."""
         num_steps = feed.steps_per_epoch
-        hooks = BatchHooks("test", callbacks, self.model.steps_per_execution, self.global_logs)
+        hooks = self.batch_hooks("test", callbacks)
         steps_per_call = max(1, min(EVALUATED_AT_ONCE, CALL_BYTES // max(1, batch_bytes)))
         self.model.reset_metrics()
         self.model.stop_evaluating = False
@@ -407,6 +407,14 @@ class Replica:
                 " on from; build it where it is made: optimizer.build(variables)"
             )
         return self._steps[kind](chunk.data, chunk.share, chunk.whole, chunk.shapes)
+
+    def nested(self, kind: Kind, logs: Logs) -> Logs:
+        """See `dtrain.step.Steps.nested`."""
+        return self._steps[kind].nested(logs)
+
+    def batch_hooks(self, kind: Kind, callbacks: RankCallbacks) -> BatchHooks:
+        nested = self._steps[kind].nested
+        return BatchHooks(kind, callbacks, self.model.steps_per_execution, self.global_logs, nested)
 
     def global_logs(
         self, kind: Kind, states: Sequence[Sequence[Array]], own: Sequence[dict[str, Array]], name: str

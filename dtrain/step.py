@@ -6,7 +6,7 @@ the step is plain Keras.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import keras
@@ -19,7 +19,7 @@ from dtrain.data.source import keras_batch, leaves, map_tree
 from dtrain.errors import ConfigError
 from dtrain.keras_internals import recorded_assignments, seed_generators_of
 from dtrain.losses import exact_losses
-from dtrain.metrics import MetricState, Source, flat_logs, shared_means
+from dtrain.metrics import MetricState, Source, flat_logs, nested_logs, places_in, shared_means
 from dtrain.model import optimizers_of
 from dtrain.optimizer import Reduction, reduce, reduced_gradients
 from dtrain.types import Array, Shapes, Tree
@@ -71,6 +71,7 @@ class Steps:
         """What a custom step returns, in order: which metrics' results, and (None) numbers of its own.
 
         None itself: the results of all metrics, as Keras's own steps return, or nobody knows yet."""
+        self._places: dict[str, tuple[str, ...]] = {}
 
     @property
     def own_logs(self) -> list[str]:
@@ -83,6 +84,10 @@ class Steps:
         if self.returned is None:
             return None
         return {name: source for name, source in self.returned.items() if source is not None}
+
+    def nested(self, logs: Mapping[str, Any]) -> dict[str, Any]:
+        """Logs as a custom step nests them, which decides on their order: CallbackList sorts, and flattens then."""
+        return nested_logs(logs, self._places)
 
     def __call__(
         self, data: Tree, share: float, whole: bool, shapes: Shapes | None = None
@@ -292,6 +297,7 @@ class Steps:
             name: next((source for found, source in results if found is value), by_name.get(name))
             for name, value in flat_logs(logs).items()
         }
+        self._places = places_in(logs)
         return logs
 
 

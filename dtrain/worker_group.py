@@ -247,7 +247,7 @@ class WorkerGroup:
         raise error
 
     def fail(self, dead: Sequence[int] = ()) -> None:
-        """Close after a failure, of which some ranks have died; what can be saved of the workers' state is `rescued`."""
+        """Close after a failure, when some ranks are dead; what can be saved of the workers' state is `rescued`."""
         try:
             self.rescued = self._rescue(dead)
         finally:

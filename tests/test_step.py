@@ -82,6 +82,15 @@ class Renames(Plain):
         return {"of_squares": self.error(y, predicted), "part": over, "spread": ops.mean(ops.abs(predicted))}
 
 
+class Nests(Renames):
+    """With the steps of Keras's guide to custom training: each metric's result by its name, and one is a dict."""
+
+    def _told(self, y: Any, predicted: Any) -> Any:
+        self.error.update_state(y, predicted)
+        self.extremes.update_state(y, predicted)
+        return {metric.name: metric.result() for metric in (self.extremes, self.error)}
+
+
 class ReadsValues(Renames):
     """Steps that cannot be traced, and count their calls."""
 
@@ -191,6 +200,42 @@ def test_what_a_step_returns_is_what_keras_shows(ranks: Ranks, kind: Any, eager:
     assert differences(ours(LocalCollective(), kind, eager), expected, TOLERANCE) == []
     for rank in ranks.run(2, ours, kind, eager):
         assert differences(rank, expected, TOLERANCE) == []
+
+
+class Keys(keras.callbacks.Callback):  # type: ignore[misc]
+    """The names in the logs of each hook, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, list[str]] = {}
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.seen["train batch"] = list(logs)
+
+    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.seen["test batch"] = list(logs)
+
+    def on_test_end(self, logs: Any = None) -> None:
+        self.seen["test"] = list(logs)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.seen["epoch"] = list(logs)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self.seen["train"] = list(logs)
+
+
+@pytest.mark.parametrize(("kind", "eager"), [(Nests, False), (Nests, True), (Adds, False)])
+def test_logs_are_in_the_order_in_which_keras_has_them(kind: Any, eager: bool) -> None:
+    theirs, ours, (x, y) = Keys(), Keys(), data()
+    keras_s, replica = made(kind, eager), Replica(made(kind, eager), LocalCollective())
+    history = keras_s.fit(x, y, BATCH, epochs=1, validation_data=(x, y), callbacks=[theirs], verbose=0).history
+    source, rows = ArraySource(x, y), BatchPlan(ROWS, BATCH)
+    replica.begin_fit(FitPlan(rows, 1, validation=rows), source, source, [ours])
+    replica.run(Segment(Position(0, 0), 3))
+    assert list(replica.end_fit()) == list(history) and ours.seen == theirs.seen
+    logs = keras_s.evaluate(x, y, BATCH, return_dict=True, verbose=0)
+    assert list(replica.evaluate(rows, source)) == list(logs)
 
 
 def test_one_rank_may_do_without_an_optimizer() -> None:
