@@ -116,6 +116,15 @@ def test_sparse_matrices_are_refused_with_the_fix() -> None:
         ArraySource(scipy_sparse.csr_matrix(np.eye(3)))
 
 
+def test_sparse_and_ragged_tensors_are_refused_with_the_fix() -> None:
+    import tensorflow as tf
+
+    with pytest.raises(DataError, match=r"x is sparse \(SparseTensor\).*tf.sparse.to_dense\(x\)"):
+        ArraySource(tf.sparse.from_dense(np.eye(3)))
+    with pytest.raises(DataError, match=r"x\['a'\] is ragged \(RaggedTensor\).*x\['a'\].to_tensor\(\)"):
+        ArraySource({"a": tf.ragged.constant([[1.0], [1.0, 2.0]])})
+
+
 @pytest.mark.parametrize(
     "y",
     [

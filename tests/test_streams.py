@@ -594,6 +594,21 @@ def test_a_call_that_evaluates_has_few_bytes(monkeypatch: pytest.MonkeyPatch, da
         assert sum(counts) == 7 and max(counts) == most
 
 
+@in_float64
+def test_of_unknown_length_keras_counts_an_update_more_in_each_epoch() -> None:
+    """It reads past the end, which its optimizer counts: Adam and schedules see that. Here updates are counted."""
+    from dtrain.replica import Replica
+
+    plain, replica = fresh_model(), Replica(fresh_model(), LocalCollective())
+    plain.fit(of_unknown_length(), epochs=2, verbose=0)
+    replica.begin_fit(FitPlan(Batching(), 2), deferred(of_unknown_length))
+    for epoch in range(2):
+        replica.run(Segment(Position(epoch, 0), 100))
+    batches = len(list(of_unknown_length()))
+    assert int(plain.optimizer.iterations) == 2 * (batches + 1)
+    assert int(replica.model.optimizer.iterations) == 2 * batches
+
+
 def named_batches(with_targets: bool = True) -> Any:
     rng = np.random.default_rng(5)
     for rows in (4, 1, 2, 7, 7, 3):
@@ -765,6 +780,14 @@ def different_rows() -> Any:
     yield np.zeros((3, 5)), np.zeros(2)
 
 
+def brings_ragged() -> Any:
+    yield tf.ragged.constant([[1.0], [1.0, 2.0]]), np.zeros(2)
+
+
+def brings_sparse() -> Any:
+    yield tf.sparse.from_dense(np.eye(2)), np.zeros(2)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -781,11 +804,20 @@ def different_rows() -> Any:
         (lambda: (1, 2, 3, 4), "tuple of 4"),
         (lambda: (dataset(), 1), "beside it"),
         (lambda: tf.data.Dataset.from_tensors(tf.ragged.constant([[1], [1, 2]])), "ragged"),
+        (brings_ragged, r"x of a batch of x is ragged.*x.to_tensor\(\)"),
+        (brings_sparse, r"x of a batch of x is sparse.*tf.sparse.to_dense\(x\)"),
     ],
 )
 def test_what_is_no_data_is_refused(make: Any, words: str) -> None:
     with pytest.raises(DataError, match=words):
         local_feed(make).first()
+
+
+def test_a_data_set_of_sparse_tensors_is_read_dense() -> None:
+    (chunk,) = local_feed(lambda: tf.data.Dataset.from_tensors((tf.sparse.from_dense(np.eye(3)), np.zeros(3)))).chunks(
+        0, 0, 1, 1
+    )
+    assert np.array_equal(chunk.data[0][0], np.eye(3))
 
 
 def test_an_exhausted_generator_is_refused_in_its_second_epoch() -> None:

@@ -348,8 +348,7 @@ def _to_arrays(x: Tree, y: Tree, sample_weight: Tree) -> tuple[Tree, Tree, Tree]
 
 def _to_array(path: str, leaf: Any) -> Array:
     pandas = sys.modules.get("pandas")
-    if hasattr(leaf, "tocoo"):
-        raise DataError(f"{path} is sparse ({type(leaf).__name__}): only dense arrays are taken; use {path}.toarray()")
+    check_dense(path, leaf)
     if not hasattr(leaf, "__array__"):
         raise DataError(
             f"{path} is {leaf!r:.60}, a {type(leaf).__name__}: it must be an array. A list or a tuple is a structure "
@@ -365,6 +364,20 @@ def _to_array(path: str, leaf: Any) -> Array:
     if pandas is not None and isinstance(leaf, pandas.Series):
         return array[:, np.newaxis]  # Keras makes a column of it
     return array
+
+
+def check_dense(path: str, leaf: Any, where: str = "") -> None:
+    """Refuse SciPy's sparse matrices and TensorFlow's sparse and ragged tensors.
+
+    Raises:
+        DataError: naming the place, `where` it was found, and the fix.
+    """
+    kind = type(leaf).__name__
+    fixes = {"SparseTensor": f"tf.sparse.to_dense({path})", "RaggedTensor": f"{path}.to_tensor()"}
+    fix = f"{path}.toarray()" if hasattr(leaf, "tocoo") else fixes.get(kind)
+    if fix is not None:
+        what = "ragged" if kind == "RaggedTensor" else "sparse"
+        raise DataError(f"{path}{where} is {what} ({kind}): only dense arrays are taken; use {fix}")
 
 
 def check_dtype(path: str, array: Array) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from dtrain.data.loader import Chunk
 from dtrain.data.sampler import Sampler, shard
-from dtrain.data.source import common_shapes, content_of, leaves, map_tree, shapes_of
+from dtrain.data.source import check_dense, common_shapes, content_of, leaves, map_tree, shapes_of
 from dtrain.errors import DataError, LostPeer
 from dtrain.types import BatchPlan, ModelDescription, Opened, Position, Purpose, Shapes, Tree
 
@@ -481,6 +481,7 @@ def parts_of(batch: Any, name: str = "x") -> tuple[Tree, ...]:
         parts = parts[:-1]
     found = list(leaves(parts))
     for path, leaf in found:
+        check_dense(path, leaf, f" of a batch of {name}")
         if not isinstance(leaf, np.ndarray) and not isinstance(leaf, np.generic):
             raise DataError(
                 f"{path} of a batch of {name} is a {type(leaf).__name__} ({leaf!r:.60}); it must be an array with one"
