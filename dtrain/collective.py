@@ -7,10 +7,11 @@ Horovod's operations are not stateful: an all-reduce whose inputs are constants 
 optimised, and the ranks then wait for each other for ever. Never all-reduce a constant inside a tf.function.
 """
 
+import contextlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +29,10 @@ class Collective(Protocol):
 
     @property
     def world_size(self) -> int: ...
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether this rank waits for others right now, outside of a tf.function; for another thread to look at."""
 
     def all_reduce(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         """Sum each tensor over ranks. Differentiable; works eagerly and inside a tf.function."""
@@ -59,6 +64,7 @@ class LocalCollective:
 
     rank = 0
     world_size = 1
+    is_waiting = False
 
     def all_reduce(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         return list(tensors)
@@ -97,6 +103,7 @@ class HorovodCollective:
 
         self._hvd = hvd
         self._is_member = False
+        self.is_waiting = False
         self._take(membership)
 
     def join(self, membership: Membership, rendezvous: str, interface: str, timeout: float = 60.0) -> None:
@@ -126,12 +133,13 @@ class HorovodCollective:
             by_dtype[tensor.dtype].append(index)
         reduced: list[Any] = [None] * len(tensors)
         for dtype, indices in by_dtype.items():  # a grouped all-reduce is one node: all of it arrives, or none
-            group = self._hvd.grouped_allreduce(
-                [tensors[index] for index in indices],
-                op=self._hvd.Sum,
-                name=f"{name}.{dtype.name}",
-                ignore_name_scope=True,
-            )
+            with self._exchange():
+                group = self._hvd.grouped_allreduce(
+                    [tensors[index] for index in indices],
+                    op=self._hvd.Sum,
+                    name=f"{name}.{dtype.name}",
+                    ignore_name_scope=True,
+                )
             for index, tensor in zip(indices, group, strict=True):
                 tensor.set_shape(tensors[index].shape)
                 reduced[index] = tensor
@@ -181,8 +189,18 @@ class HorovodCollective:
         if not self._is_member:
             return [value] * self.world_size
         own = np.frombuffer(json.dumps(value).encode() + b"\n", np.uint8)  # JSON itself has no line breaks
-        every: bytes = self._hvd.allgather(tf.constant(own), name=name).numpy().tobytes()
+        with self._exchange():
+            every: bytes = self._hvd.allgather(tf.constant(own), name=name).numpy().tobytes()
         return [json.loads(line) for line in every.splitlines()]
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Goes round what waits for the other ranks, eagerly."""
+        self.is_waiting = True
+        try:
+            yield
+        finally:
+            self.is_waiting = False
 
     def close(self) -> None:
         if self._is_member:
@@ -190,7 +208,8 @@ class HorovodCollective:
         self._is_member = False
 
     def _broadcast_bytes(self, data: Array, name: str, root: int) -> Array:
-        received: Array = self._hvd.broadcast(tf.constant(data), root, name=name).numpy()
+        with self._exchange():
+            received: Array = self._hvd.broadcast(tf.constant(data), root, name=name).numpy()
         return received
 
 

@@ -1,6 +1,7 @@
 """Owns the configuration that users write down: frozen, keyword-only, checked when made."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -65,13 +66,21 @@ class FailureConfig:
     """What a fit survives.
 
     Attributes:
-        max_failures: how many deaths of workers in a row, without a newly finished step between them. A fit goes on
-            from its newest checkpoint with new workers; one that makes no checkpoints survives none. What the user's
+        max_failures: how many deaths of workers in a row, without a newly finished step between them. New processes
+            take the dead ones' places; where none is left, a fit goes on from its newest checkpoint. What the user's
             code raises ends a fit at once.
+        hang_timeout: seconds without anything finished (a step, a callback, a mini-batch validated) after which the
+            worker that keeps the others waiting counts as dead. A callback that takes longer needs more; None: a
+            worker may take as long as it likes.
     """
 
     max_failures: int = 3
+    hang_timeout: float | None = 60.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_failures, int) or isinstance(self.max_failures, bool) or self.max_failures < 0:
             raise ConfigError(f"max_failures={self.max_failures!r} must be a whole number, 0 or more")
+        timeout = self.hang_timeout
+        is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+        if timeout is not None and not (is_number and 0 < timeout < math.inf):
+            raise ConfigError(f"hang_timeout={timeout!r} must be a number of seconds above 0, or None")

@@ -4,6 +4,7 @@ The only committer and the only one who talks to the tracker. It touches no term
 needs comes in through the constructor.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from dtrain.checkpointer import Checkpointer, Saving
 from dtrain.config import FailureConfig
 from dtrain.data.sampler import Sampler
 from dtrain.fit_state import Lost, SavedFit, Standing
+from dtrain.heartbeat import Heartbeat
 from dtrain.interrupts import Interrupts
 from dtrain.policy import next_segment_steps
 from dtrain.recoveries import Recoveries
@@ -67,6 +69,7 @@ class Controller:
         display: shows it.
         interrupts: what ends it early.
         recoveries: what a fit survives, and has survived.
+        hang_timeout: see `dtrain.FailureConfig`.
         clock: seconds, monotonic.
     """
 
@@ -77,6 +80,7 @@ class Controller:
         display: Display,
         interrupts: Interrupts | None = None,
         recoveries: Recoveries | None = None,
+        hang_timeout: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._interrupts = interrupts or Interrupts()
@@ -92,6 +96,8 @@ class Controller:
         self._last: list[SegmentResult] = []  # of them, what each rank returned
         self._epoch_started = 0.0
         self._checkpointer: Checkpointer | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._hang_timeout = hang_timeout
 
     def fit(
         self,
@@ -216,6 +222,8 @@ class Controller:
             self._epoch_started = self._clock()
         sent: deque[tuple[Segment | int, list[Any]]] = deque()  # a number: the snapshot of that step
         result: SegmentResult | None = None
+        self._heartbeat = Heartbeat(self._group.beats, self._hang_timeout or math.inf, self._clock)
+        self._heartbeat.begin(range(len(self._group.workers)))
         try:
             while result is None or not (result.epoch_end or result.stop):
                 # Nothing is sent ahead before anything is measured, or into the next epoch: a callback may stop there.
@@ -243,6 +251,8 @@ class Controller:
             for _, calls in sent:
                 self._group.drain(calls)
             raise
+        finally:
+            self._heartbeat = None
         for _, calls in sent:  # sent before a callback or the data ended the epoch: the workers pass over it
             self._group.wait(calls, self._watch, survivable=True)
         if result.epoch_end and num_steps is None and not result.stop:
@@ -313,6 +323,8 @@ class Controller:
             self._recoveries.settle()
             self._newest = result
             rate = self._rate = result.rows / result.seconds if result.seconds else None
+            if self._heartbeat is not None:
+                self._heartbeat.took(result.seconds / result.num_steps)
         if result.num_steps or result.epoch_end is not None:
             self._segments += 1
             self._last = list(answers) if len(answers) == len(self._group.workers) else []
@@ -335,10 +347,24 @@ class Controller:
         self._tracker.log(record.steps - 1, {**end.logs, "epoch_seconds": seconds})
         self._display.end_epoch(end.epoch, end.logs, seconds)
 
+    def _end_who_hangs(self) -> None:
+        """Tell who keeps the others waiting for too long, and end it; the rest is as with any that died."""
+        found = self._heartbeat.look() if self._heartbeat is not None else None
+        if found is None:
+            return
+        rank, why = found
+        worker = self._group.workers[rank]
+        self._display.note(f"rank {rank} on {worker.host} hangs: {why}; it counts as dead")
+        for other, stack in self._group.stacks().items():
+            self._display.print(f"rank {other} is here:\n{stack}")
+        self._heartbeat = None
+        self._group.end(rank, f"it hung: {why} (hang_timeout={self._hang_timeout:g})")
+
     def _watch(self, is_last: bool = False) -> None:
         """Show how far rank 0 is and what it printed; the last time all of it, after an answer that was late."""
         if self._checkpointer is not None:
             self._checkpointer.commit()
+        self._end_who_hangs()
         if self._interrupts.requested:
             self._display.status("stopping when the steps that were sent are done; another Ctrl-C stops at once")
         for _ in range(2 if is_last else 1):

@@ -196,7 +196,8 @@ class FitRun:
             self._model = group.description
             self._announce(changed)
         trainer.weights_change()
-        Controller(group, self._tracker, self._display, trainer.interrupts, self._recoveries).fit(
+        hang_timeout = trainer.failure.hang_timeout
+        Controller(group, self._tracker, self._display, trainer.interrupts, self._recoveries, hang_timeout).fit(
             plan,
             opened.plan or opened.steps_per_epoch,
             pickled_hooks(callbacks, self._verbose),

@@ -32,7 +32,7 @@ from dtrain.metrics import last_of
 from dtrain.model import check_state, learning_rate, optimizers_of, write_state
 from dtrain.optimizer import sums_locally
 from dtrain.rank_state import check_own, read_own, write_own
-from dtrain.types import Array, EpochEnd, FitPlan, Logs, Position, Progress, Segment, SegmentResult
+from dtrain.types import BETWEEN_SEGMENTS, Array, EpochEnd, FitPlan, Logs, Position, Progress, Segment, SegmentResult
 
 if TYPE_CHECKING:
     from dtrain.replica import Replica
@@ -160,6 +160,7 @@ class RankFit:
 
     def _begin_epoch(self, position: Position) -> None:
         if position.step == 0 and not self._has_begun:
+            self._replica.beat("callbacks, on_epoch_begin")
             self._model.reset_metrics()
             self._callbacks("on_epoch_begin", position.epoch)
         self._has_begun = True
@@ -169,21 +170,25 @@ class RankFit:
         looked_at = self._hooks.are_used or self._model.stop_training  # by Keras, too, after a first call
         steps_per_call = self._model.steps_per_execution if looked_at else self._steps_per_call()
         started = time.perf_counter()
+        self._replica.beat("reading data")
         chunks = _chunks(self._feed, epoch, step, part.segment.num_steps, steps_per_call, looked_at)
         with contextlib.closing(chunks):
             for chunk in chunks:
                 step_of_fit = self._step_of_fit(chunk.first_step)
                 self._replica.strikes("data", step_of_fit, chunk.num_steps)
                 self._replica.strikes.call_begins(step_of_fit)
+                self._replica.beat("callbacks, of a batch")
                 self._hooks.begin(chunk)
                 state, returned = self._call(part, chunk)
                 part.add(chunk, chunk.num_steps, state, returned)
+                self._replica.beat("callbacks, of a batch")
                 self._hooks.end(chunk, state, returned)
                 part.seconds = time.perf_counter() - started
                 num_steps = self._feed.steps_in_epoch(epoch) or 0
                 self._replica.progress = Progress("train", epoch, part.position.step, num_steps, self._logs)
                 if self._model.stop_training:
                     break
+                self._replica.beat("reading data")
         part.ended = part.steps < part.segment.num_steps or self._is_end(part.position)
 
     def _call(self, part: _Part, chunk: Chunk) -> tuple[list[Array], dict[str, Array]]:
@@ -214,6 +219,7 @@ class RankFit:
     def _finish(self, part: _Part) -> SegmentResult:
         """What is left to do once the steps are trained. May be called again where a lost peer cut it short."""
         epoch = part.segment.position.epoch
+        self._replica.beat("the end of a segment")
         if part.ended:
             self._hooks.finish()
         if part.step_logs is None:
@@ -247,16 +253,19 @@ class RankFit:
         )
         self._part = None
         self._segments += 1
+        self._replica.beat(BETWEEN_SEGMENTS)
         return self._result
 
     def _end_epoch(self, part: _Part, epoch: int) -> EpochEnd:
         logs = dict(self._logs)
         if self._validation is not None and _is_due(self._plan.validation_freq, epoch):
             if part.validation is None:
+                self._replica.beat("reading data to validate on")
                 part.validation = self._replica.evaluate_on(self._validation, self._callbacks, self._batch_bytes[1])
             logs.update({f"val_{key}": value for key, value in part.validation.items()})
         self._epoch_logs = logs
         known = {key: len(values) for key, values in self._callbacks.history().items()}
+        self._replica.beat("callbacks, on_epoch_end")
         self._replica.strikes("callback", epoch)
         self._callbacks("on_epoch_end", epoch, logs=self._replica.nested("train", logs))
         history = self._callbacks.history()  # it has what callbacks added to the logs, too

@@ -44,9 +44,12 @@ from dtrain.optimizer import collect_accumulated, drop_accumulated
 from dtrain.rank_fit import CALL_BYTES, RankFit
 from dtrain.step import Kind, Steps, concatenate
 from dtrain.types import (
+    BETWEEN_SEGMENTS,
+    IN_STEP,
     Array,
     Batching,
     BatchPlan,
+    Beat,
     FitPlan,
     Logs,
     Predictions,
@@ -84,6 +87,7 @@ class Replica:
         self.collective = collective
         self.progress = Progress("idle")
         self.strikes = strikes or Strikes()
+        self._beats, self._doing, self._has_trained = 0, "the beginning", False
         self._sync_batch_norm = sync_batch_norm
         self._sparse_as_dense = sparse_as_dense
         self._has_variables = False
@@ -95,6 +99,16 @@ class Replica:
         self._fit: RankFit | None = None
         """The fit that is in progress, or the last one."""
         self._is_fitting = False
+
+    def beat(self, doing: str) -> None:
+        """Something is finished, and something else begins."""
+        self._beats += 1
+        self._doing = doing
+
+    def heartbeat(self) -> Beat:
+        """What this rank does; for another thread to ask while it does it."""
+        waits = self._doing in (IN_STEP, BETWEEN_SEGMENTS) or self.collective.is_waiting
+        return Beat(self._beats, self._doing, waits, self._has_trained)
 
     # --- state
 
@@ -364,10 +378,12 @@ class Replica:
         callbacks("on_test_begin")
         state, own = None, None
         for chunk in feed.one_pass(1 if hooks.are_used else steps_per_call):
+            self.beat("the callbacks of a validation")
             self.strikes("evaluate", chunk.first_step, chunk.num_steps)
             hooks.begin(chunk)
             state, own = self.call("test", chunk)
             hooks.end(chunk, state, own)
+            self.beat("reading data to validate on")
             self.progress = Progress("evaluate", 0, chunk.first_step + chunk.num_steps, num_steps or 0)
             if self.model.stop_evaluating:
                 break
@@ -401,12 +417,15 @@ class Replica:
 
     def call(self, kind: Kind, chunk: Chunk) -> tuple[list[Array], dict[str, Array]]:
         """Run the steps of a chunk (see `dtrain.step.Steps`). Collective."""
+        self.beat(IN_STEP)
         if kind == "train" and self._waiting and self.model.run_eagerly:
             raise ConfigError(
                 "run_eagerly=True does not go with an optimizer that only train_step builds, once it has a state to go"
                 " on from; build it where it is made: optimizer.build(variables)"
             )
-        return self._steps[kind](chunk.data, chunk.share, chunk.whole, chunk.shapes)
+        returned = self._steps[kind](chunk.data, chunk.share, chunk.whole, chunk.shapes)
+        self._has_trained = True
+        return returned
 
     def nested(self, kind: Kind, logs: Logs) -> Logs:
         """See `dtrain.step.Steps.nested`."""

@@ -178,6 +178,29 @@ class Progress:
     printed: tuple[str, ...] = ()
 
 
+IN_STEP = "a step"
+"""What a rank does while it computes and sums gradients, which from outside nobody can tell apart."""
+BETWEEN_SEGMENTS = "between two segments"
+"""What it does while it has nothing to do."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank answers while a fit runs.
+
+    Attributes:
+        beats: how many things it has finished: calls, chunks, hooks.
+        doing: what it does now, in words.
+        waits: it does something that only ends when all ranks do it.
+        has_trained: it has finished a step.
+    """
+
+    beats: int
+    doing: str
+    waits: bool
+    has_trained: bool
+
+
 @dataclass(frozen=True)
 class ModelDescription:
     """What is recorded of a model: plain values, made on a worker, read in the driver."""

@@ -25,6 +25,7 @@ from dtrain.faults import Strikes
 from dtrain.types import (
     Batching,
     BatchPlan,
+    Beat,
     Failure,
     FitPlan,
     Logs,
@@ -39,6 +40,9 @@ from dtrain.types import (
     WorkerInfo,
     WorkerSettings,
 )
+
+STACK_FRAMES = 12
+"""So many of the innermost frames are shown of a process that hangs."""
 
 
 def _reported(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,10 +116,10 @@ class Worker:
             self._collective = StruckCollective(self._collective, self._strikes)
 
     @_reported
-    def join(self, membership: Membership, rendezvous: str, interface: str | None) -> None:
+    def join(self, membership: Membership, rendezvous: str, interface: str | None, timeout: float) -> None:
         """Form the group with the others; again when it broke. `interface` None: the one with this node's address."""
         if membership.world_size > 1:
-            self._collective.join(membership, rendezvous, interface or _interface_of_node())
+            self._collective.join(membership, rendezvous, interface or _interface_of_node(), timeout)
 
     @_reported
     def enter(self, directory: str) -> bool:
@@ -294,6 +298,23 @@ class Worker:
 
     def _callback_states(self) -> list[dict[str, Any]]:
         return [export_state(callback) for callback in self._hooks.callbacks] if self._rank == 0 else []
+
+    def heartbeat(self) -> Beat:
+        """What this rank does; answers while it does it."""
+        beat: Beat = self._replica.heartbeat()
+        return beat
+
+    def stack(self) -> str:
+        """Where its main thread is; answers while a method runs."""
+        threads = {thread.name: thread.ident for thread in threading.enumerate()}
+        own = threading.get_ident()
+        found = [
+            f"{name}:\n{''.join(traceback.format_stack(frame)[-STACK_FRAMES:])}"
+            for name, ident in threads.items()
+            if ident != own and (frame := sys._current_frames().get(ident or 0)) is not None
+            if any("dtrain" in line for line in traceback.format_stack(frame))
+        ]
+        return "\n".join(found)
 
     def progress(self) -> Progress:
         """How far this rank is, and what it printed since the last call; answers while a method runs."""

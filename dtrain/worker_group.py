@@ -7,6 +7,8 @@ value (worker.py); here it becomes one error that names the culprit and folds wh
 import contextlib
 import logging
 import math
+import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,14 +24,14 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from dtrain.cluster import NAMESPACE, who_is_using
 from dtrain.errors import ConfigError, WorkerDied, WorkerError
 from dtrain.faults import FaultPlan
 from dtrain.interrupts import Interrupts
 from dtrain.rendezvous import RendezvousServer, Scope, assign
-from dtrain.types import Array, Failure, ModelDescription, Progress, WorkerInfo, WorkerSettings
+from dtrain.types import Array, Beat, Failure, ModelDescription, Progress, WorkerInfo, WorkerSettings
 from dtrain.worker import Worker
 
 log = logging.getLogger("dtrain")
@@ -40,6 +42,12 @@ NAME_SECONDS = 15.0
 """How long an actor that has ended may hold its name, and that of a driver that was killed may take to end."""
 BLAME_SECONDS = 3.0
 """After a first failure, how long the others have to say what happened to them."""
+BEAT_SECONDS = 1.0
+"""How often ranks are asked what they do."""
+STACK_SECONDS = 3.0
+"""How long they have to say where they are, once one hangs."""
+GLOO_FACTOR = 1.5
+"""Gloo gives up a silent peer after so many times the timeout for hangs: who hangs is to be known before."""
 SURVIVAL_SECONDS = 60.0
 """After a first failure that may be survived, how long the others have to notice; one that has not by then is dead."""
 RESCUE_SECONDS = 10.0
@@ -76,6 +84,7 @@ class GroupSpec:
         resources: Ray's resources of each.
         strategy: Ray's placement strategy.
         runtime_env: Ray's runtime environment.
+        timeout: seconds after which a peer that says nothing is gone.
         settings: for a worker on a node with so many CPUs and so many workers.
     """
 
@@ -85,6 +94,7 @@ class GroupSpec:
     strategy: str
     settings: Callable[[float, int], WorkerSettings]
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
+    timeout: float = 60.0
 
 
 class WorkerGroup:
@@ -108,6 +118,9 @@ class WorkerGroup:
         self.directory: str | None = None
         """The driver's working directory, as the workers were told."""
         self._actors: list[Any] = []
+        self._beats: dict[int, Any] = {}
+        self._asked = 0.0
+        self._ended: dict[int, str] = {}  # by us, and why
         self._told: dict[str, tuple[Any, ...]] = {}  # what a newcomer is to be told to be what the others are
         self._late_polls: dict[int, Any] = {}
         self._placement: PlacementGroup | None = None
@@ -144,7 +157,8 @@ class WorkerGroup:
             ray.kill(self._actors[rank], no_restart=True)  # or one that is only silent would go on
             wait_for_name(self.spec.run_name, rank)
             self._actors[rank] = self._spawn(rank)
-            self._late_polls.pop(rank, None)
+            for known in (self._late_polls, self._beats, self._ended):
+                known.pop(rank, None)
         found = dict(
             zip(dead, self.wait(self.submit("where", ranks=dead), ranks=dead, patience=START_SECONDS), strict=True)
         )
@@ -227,6 +241,8 @@ class WorkerGroup:
                 for call in ready:
                     rank = pending.pop(call)
                     result = _outcome(call)
+                    if isinstance(result, Failure) and result.died and rank in self._ended:
+                        result = replace(result, error=self._ended[rank])
                     if isinstance(result, Failure) and not failures:
                         deadline = min(deadline, time.monotonic() + blame)
                     (failures if isinstance(result, Failure) else results)[rank] = result
@@ -272,6 +288,44 @@ class WorkerGroup:
         else:
             return progress
         return None
+
+    def beats(self) -> list[tuple[int, Beat]]:
+        """What ranks have answered since the last call to `Worker.heartbeat`; they are asked once a second."""
+        if time.monotonic() - self._asked >= BEAT_SECONDS:
+            self._asked = time.monotonic()
+            for rank, actor in enumerate(self._actors):
+                if rank not in self._beats:
+                    self._beats[rank] = actor.heartbeat.options(concurrency_group="watch").remote()
+        found = []
+        for rank, call in list(self._beats.items()):
+            if ray.wait([call], timeout=0)[0]:
+                del self._beats[rank]
+                with contextlib.suppress(RayError):
+                    found.append((rank, ray.get(call)))
+        return found
+
+    def stacks(self) -> dict[int, str]:
+        """Where each rank is that answers within moments."""
+        calls = {
+            rank: actor.stack.options(concurrency_group="watch").remote() for rank, actor in enumerate(self._actors)
+        }
+        ray.wait(list(calls.values()), num_returns=len(calls), timeout=STACK_SECONDS)
+        found = {}
+        for rank, call in calls.items():
+            with contextlib.suppress(RayError):
+                found[rank] = ray.get(call, timeout=0)
+        return found
+
+    def end(self, rank: int, why: str) -> None:
+        """End a process that hangs: with SIGKILL, which ends those that are stopped, too."""
+        self._ended[rank] = why
+        worker = self.workers[rank]
+        if worker.node_id == ray.get_runtime_context().get_node_id():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, signal.SIGKILL)
+        else:
+            strategy = NodeAffinitySchedulingStrategy(worker.node_id, soft=False)
+            ray.remote(num_cpus=0)(os.kill).options(scheduling_strategy=strategy).remote(worker.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """End all processes and give back their room. May be called again, and in any state.
@@ -360,7 +414,7 @@ class WorkerGroup:
         scope = self._scope = self._rendezvous.new_scope()
         interface = "lo" if on_one_node else None
         calls = [
-            actor.join.remote(membership, scope.address, interface)
+            actor.join.remote(membership, scope.address, interface, self.spec.timeout)
             for actor, membership in zip(self._actors, assign(nodes, self._generation), strict=True)
         ]
         self._generation += 1

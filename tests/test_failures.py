@@ -273,6 +273,10 @@ class TestBeforeAnythingStarts:
             (lambda: dtrain.CheckpointConfig(keep=2.5), r"keep=2\.5 must be 1 or more, and whole"),  # type: ignore[arg-type]
             (lambda: dtrain.CheckpointConfig(monitor=["loss"]), "monitor=.* name of a metric"),  # type: ignore[arg-type]
             (lambda: dtrain.FailureConfig(max_failures=-1), "max_failures=-1 must be a whole number"),
+            (
+                lambda: dtrain.FailureConfig(hang_timeout=0),
+                "hang_timeout=0 must be a number of seconds above 0, or None",
+            ),
         ],
     )
     def test_configurations(self, make: Any, words: str) -> None:

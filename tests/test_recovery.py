@@ -17,7 +17,7 @@ from models import blobs
 
 import dtrain
 from dtrain.errors import WorkerDied, WorkerError
-from dtrain.testing import Fault, FaultPlan, kill, raise_in
+from dtrain.testing import Fault, FaultPlan, delay, kill, raise_in, stop
 
 for module in (models, sys.modules[__name__]):  # the workers do not have the tests' folder on their path
     cloudpickle.register_pickle_by_value(module)
@@ -195,3 +195,12 @@ def test_a_step_that_kills_again_and_again_ends_the_fit_and_is_named() -> None:
     told = r"rank 1 .* died .* that was failure 2 in a row, after 3 steps"
     with pytest.raises(WorkerDied, match=told):
         train("hopeless", *faults, failure=dtrain.FailureConfig(max_failures=1))
+
+
+def test_a_worker_that_hangs_counts_as_dead(undisturbed: Outcome) -> None:
+    faults = stop(rank=1, step=5), delay(rank=0, step=2, seconds=600, phase="callback")
+    found = train("hangs", *faults, failure=dtrain.FailureConfig(hang_timeout=8))
+    assert_same_end(found, undisturbed)
+    stopped, waited = found.history.recoveries
+    assert stopped.rank == 1 and "it hung: the process has not answered for" in stopped.cause
+    assert waited.rank == 0 and "it was in callbacks, on_epoch_end (hang_timeout=8)" in waited.cause

@@ -1,0 +1,96 @@
+"""Owns noticing that a fit no longer gets on, and which rank keeps the others waiting.
+
+A heartbeat is something finished: a call of steps, a chunk read, a hook, a mini-batch evaluated. That a process runs is
+none, nor that it answers. Whose heart stops is decided by a pure function of what was heard.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from dtrain.types import Beat
+
+BLINK_SECONDS = 5.0
+"""Who has not looked for so long knows nothing, and begins anew."""
+PATIENT_CALLS = 10.0
+"""A call may take so many times as long as the longest one so far, however short the timeout."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What is known of a rank.
+
+    Attributes:
+        beat: what it said last; None: it has never answered.
+        answered: when, in seconds.
+        changed: when its number of beats had changed.
+    """
+
+    beat: Beat | None
+    answered: float
+    changed: float
+
+
+def who_hangs(heard: Mapping[int, Heard], now: float, timeout: float) -> tuple[int, str] | None:
+    """The rank that is to blame, and what for; None: nobody is.
+
+    One that does not answer is to blame. Else none has got on for so long, and it is one that does not wait for the
+    others; where all of them wait it is the one that has done the least, unless one has yet to train its first step:
+    that may be building the graph of a large model.
+    """
+    for rank, last in heard.items():
+        if now - last.answered > timeout:
+            return rank, f"the process has not answered for {now - last.answered:.0f} s"
+    if not heard or now - max(last.changed for last in heard.values()) <= timeout:
+        return None
+    beats = {rank: last.beat for rank, last in heard.items() if last.beat is not None}
+    busy = {rank: beat for rank, beat in beats.items() if not beat.waits}
+    if not busy and not all(beat.has_trained for beat in beats.values()):
+        return None
+    rank = min(busy or beats, key=lambda rank: (beats[rank].beats, rank))
+    return rank, f"no step was finished for {now - heard[rank].changed:.0f} s; it was in {beats[rank].doing}"
+
+
+class Heartbeat:
+    """Listens to the ranks of a fit.
+
+    Args:
+        ask: returns what ranks have said since the last time; does not wait.
+        timeout: seconds; infinite: nothing is a hang.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, ask: Callable[[], Sequence[tuple[int, Beat]]], timeout: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._ask = ask
+        self._timeout = timeout
+        self._clock = clock
+        self._heard: dict[int, Heard] = {}
+        self._longest = 0.0
+        self._looked = clock()
+
+    def begin(self, ranks: Sequence[int]) -> None:
+        """All of them are well now."""
+        now = self._looked = self._clock()
+        self._heard = {rank: Heard(None, now, now) for rank in ranks}
+
+    def took(self, seconds: float) -> None:
+        """A call of steps took so long."""
+        self._longest = max(self._longest, seconds)
+
+    def look(self) -> tuple[int, str] | None:
+        """Whether a rank hangs; see `who_hangs`."""
+        if math.isinf(self._timeout):
+            return None
+        now = self._clock()
+        if now - self._looked > BLINK_SECONDS:
+            self.begin(list(self._heard))
+        self._looked = now
+        for rank, beat in self._ask():
+            before = self._heard.get(rank)
+            is_same = before is not None and before.beat is not None and before.beat.beats == beat.beats
+            changed = before.changed if before is not None and is_same else now
+            self._heard[rank] = Heard(beat, now, changed)
+        return who_hangs(self._heard, now, max(self._timeout, PATIENT_CALLS * self._longest))

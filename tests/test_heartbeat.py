@@ -1,0 +1,79 @@
+"""Claims about who is said to hang, by the table."""
+
+import pytest
+
+from dtrain.heartbeat import BLINK_SECONDS, Heard, Heartbeat, who_hangs
+from dtrain.types import BETWEEN_SEGMENTS, IN_STEP, Beat
+
+TIMEOUT = 60.0
+
+
+def step(beats: int, has_trained: bool = True) -> Beat:
+    return Beat(beats, IN_STEP, True, has_trained)
+
+
+def busy(doing: str, beats: int = 9) -> Beat:
+    return Beat(beats, doing, False, True)
+
+
+@pytest.mark.parametrize(
+    ("heard", "expected"),
+    [
+        ([], None),
+        ([Heard(None, 0, 0), Heard(None, 0, 0)], (0, "not answered for 100 s")),
+        ([Heard(step(9), 99, 50), Heard(step(9), 99, 50)], None),
+        ([Heard(step(9), 99, 0), Heard(step(9), 99, 41)], None),  # one gets on
+        ([Heard(step(9), 99, 0), Heard(busy("reading data"), 99, 0)], (1, "in reading data")),
+        ([Heard(busy("callbacks"), 99, 10), Heard(step(9), 99, 0)], (0, "for 90 s; it was in callbacks")),
+        ([Heard(step(9), 99, 0), Heard(step(8), 99, 0)], (1, "in a step")),
+        ([Heard(step(9), 99, 0), Heard(step(8, has_trained=False), 99, 0)], None),  # it may be tracing
+        ([Heard(Beat(9, BETWEEN_SEGMENTS, True, True), 99, 0), Heard(busy("callbacks"), 99, 0)], (1, "callbacks")),
+        ([Heard(step(9), 99, 99), Heard(step(9), 30, 30)], (1, "not answered for 70 s")),
+        ([Heard(step(9), 99, 99), Heard(None, 30, 30)], (1, "not answered for 70 s")),
+    ],
+)
+def test_who_is_to_blame(heard: list[Heard], expected: tuple[int, str] | None) -> None:
+    found = who_hangs(dict(enumerate(heard)), 100.0, TIMEOUT)
+    if expected is None:
+        assert found is None
+    else:
+        assert found is not None and found[0] == expected[0] and expected[1] in found[1]
+
+
+class Talk:
+    """Two ranks of which the second says the same for ever, and a clock."""
+
+    def __init__(self) -> None:
+        self.now, self.beats = 0.0, 0
+
+    def clock(self) -> float:
+        return self.now
+
+    def ask(self) -> list[tuple[int, Beat]]:
+        return [(0, step(self.beats)), (1, busy("callbacks"))]
+
+
+def seconds_until_found(heartbeat: Heartbeat, talk: Talk, pause: float) -> float:
+    while heartbeat.look() is None:
+        talk.now += pause
+        assert talk.now < 10_000
+    return talk.now
+
+
+def test_a_rank_is_found_after_the_timeout_and_a_slow_step_or_driver_makes_it_longer() -> None:
+    talk = Talk()
+    heartbeat = Heartbeat(talk.ask, 5.0, talk.clock)
+    heartbeat.begin([0, 1])
+    assert 5 < seconds_until_found(heartbeat, talk, 1.0) <= 7
+    talk = Talk()
+    heartbeat = Heartbeat(talk.ask, 5.0, talk.clock)
+    heartbeat.begin([0, 1])
+    heartbeat.took(3.0)
+    assert 30 < seconds_until_found(heartbeat, talk, 1.0) <= 32
+    talk = Talk()
+    heartbeat = Heartbeat(talk.ask, 5.0, talk.clock)
+    heartbeat.begin([0, 1])
+    for _ in range(9):  # whoever does not look cannot know
+        talk.now += 2 * BLINK_SECONDS
+        assert heartbeat.look() is None
+    assert Heartbeat(talk.ask, float("inf"), talk.clock).look() is None
