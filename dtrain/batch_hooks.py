@@ -46,28 +46,37 @@ class BatchHooks:
         self._global_logs = global_logs
         self._nested = nested
         self._last: _Execution | None = None
+        self._begun: int | None = None
 
     def begin(self, chunk: Chunk) -> None:
-        if self.are_used and chunk.first_step % self._steps == 0:
+        if self.are_used and chunk.first_step % self._steps == 0 and self._begun != chunk.first_step:
             self._callbacks(f"on_{self._kind}_batch_begin", chunk.first_step)
+            self._begun = chunk.first_step  # or a step that is undone, and trained again, would begin twice
 
     def end(self, chunk: Chunk, state: list[Array], own: dict[str, Array]) -> None:
         if not self.are_used:
             return
         end = chunk.first_step + chunk.num_steps
-        self._last = _Execution(chunk.first_step, end, state, own)
+        self._last = _Execution(chunk.first_step, end, *_newest(state, own))
         if end % self._steps == 0:
             self.finish()
 
     @property
-    def due(self) -> tuple[int, int] | None:
-        """The first step and the end of what was finished and whose hook is due: the group broke in between."""
-        last = self._last
-        return (last.first_step, last.end) if last is not None and last.end % self._steps == 0 else None
+    def is_due(self) -> bool:
+        """Whether an execution is over and its hook was not called: the group broke in between."""
+        return self._last is not None and self._last.end % self._steps == 0
 
-    def take_over(self, due: tuple[int, int] | None, state: list[Array], own: dict[str, Array]) -> None:
+    @property
+    def place(self) -> tuple[int | None, tuple[int, int] | None]:
+        """The first step of the execution that has begun; the first step and the end of what is finished of it."""
+        return self._begun, (self._last.first_step, self._last.end) if self._last is not None else None
+
+    def take_over(
+        self, place: tuple[int | None, tuple[int, int] | None], states: list[Array], own: dict[str, Array]
+    ) -> None:
         """Go on as another rank would, with these metrics."""
-        self._last = _Execution(*due, state, own) if due is not None else None
+        self._begun, last = place
+        self._last = _Execution(*last, *_newest(states, own)) if last is not None else None
 
     def finish(self) -> None:
         """End the execution that is under way, if there is one: the epoch ends."""
@@ -77,4 +86,8 @@ class BatchHooks:
             # What Keras gives as the last step of an execution may be beyond the last of the epoch.
             step = (last.first_step // self._steps + 1) * self._steps - 1
             self._callbacks(f"on_{self._kind}_batch_end", step, logs=self._nested(logs))
-            self._last = None
+            self._last = self._begun = None
+
+
+def _newest(state: list[Array], own: dict[str, Array]) -> tuple[list[Array], dict[str, Array]]:
+    return [values[-1:] for values in state], {key: values[-1:] for key, values in own.items()}

@@ -71,6 +71,8 @@ class RankCallbacks:
         self._given = callbacks
         self._half_done: tuple[Hook, list[Any]] | None = None  # and what it has assigned: not agreed upon yet
         self._owes_first = False  # of it, what runs on rank 0 alone
+        self.completed = 0
+        """How many hooks were called here, and the ranks agreed on what they did."""
         self._with_batches = {
             kind: any(_looks_at_batches(callback, kind) for callback in callbacks)
             for kind in ("train", "test", "predict")
@@ -97,6 +99,7 @@ class RankCallbacks:
         if self._collective.world_size > 1 and self._only_first and self._may_differ(hook):
             self._agree(hook, self._half_done[1])
         self._half_done = None
+        self.completed += 1
 
     def call_here(self, hook: str, *args: Any, logs: Logs | None = None) -> None:
         """Call `hook` on this rank alone; its effects stay here."""
@@ -107,14 +110,17 @@ class RankCallbacks:
         """The hook that was called here and that the ranks have yet to agree on."""
         return self._half_done[0] if self._half_done is not None else None
 
-    def take_over(self, half_done: Hook | None) -> None:
+    def take_over(self, half_done: Hook | None, completed: int) -> None:
         """Go on as another rank would, whose callbacks' state these have by now."""
+        self.completed = completed
         self._half_done = (half_done, []) if half_done is not None else None
         self._owes_first = half_done is not None and self._collective.rank == 0
 
     def make_up_for(self, hook: str, *args: Any, logs: Logs | None = None) -> None:
         """Call `hook` of what is on rank 0 alone: here the process that it was called in has died."""
-        for callback in (*self._only_first, self._model.history):
+        history = self._model.history
+        is_in_history = hook == "on_epoch_end" and history.epoch[-1:] == list(args)
+        for callback in (*self._only_first, *(() if is_in_history else (history,))):
             getattr(callback, hook)(*args, logs)
 
     def history(self) -> dict[str, list[float]]:
@@ -127,8 +133,8 @@ class RankCallbacks:
         return [self._model.history, *self._given]
 
     def is_on_first_only(self, callback: keras.callbacks.Callback) -> bool:
-        """Whether what `with_state` has in it is complete on rank 0 alone."""
-        return any(callback is other for other in (self._model.history, *self._only_first))
+        """Whether a callback runs on rank 0 alone."""
+        return any(callback is other for other in self._only_first)
 
     def _may_differ(self, hook: str) -> bool:
         """Whether `hook` may have had another effect on rank 0 than on others.

@@ -146,7 +146,7 @@ class Controller:
                     has_news = record.steps > first or (plan.epochs > plan.initial_epoch and not is_finished)
                     self._finish(checkpointer, record, has_news)
         except GroupBroken as broken:  # where nothing more is trained
-            self._group.fail()
+            self._group.fail(broken.dead)
             raise broken.error from None
         finally:
             record.checkpoint = checkpointer.newest or record.checkpoint
@@ -190,6 +190,8 @@ class Controller:
         """
         sampler = Sampler(steps, plan.initial_epoch) if isinstance(steps, BatchPlan) else None
         broken: GroupBroken | None = None
+        is_due = False  # a checkpoint, after an epoch
+        self._heartbeat = Heartbeat(self._group.beats, self._hang_timeout or math.inf, self._clock)
         while broken is not None or not self._is_over(plan, record):
             epoch = record.position.epoch
             num_steps = steps if isinstance(steps, int) else sampler.steps_in_epoch(epoch) if sampler else None
@@ -199,11 +201,14 @@ class Controller:
                     self._go_on(failure, plan, callbacks, record)
                 else:
                     self._run_epoch(num_steps, record, checkpointer)
-                has_ended, is_last = record.position.epoch > epoch, record.position.epoch >= plan.epochs
-                if has_ended and not is_last and not record.stopped and checkpointer.is_due(epoch, record.steps):
+                if record.position.epoch > epoch and not record.stopped and record.position.epoch < plan.epochs:
+                    is_due |= checkpointer.is_due(epoch, record.steps)
+                if is_due:
                     checkpointer.take(record.steps, record.logs)
+                    is_due = False
             except GroupBroken as error:
                 broken = error
+        self._heartbeat = None
 
     def _is_over(self, plan: FitPlan, record: FitRecord) -> bool:
         return record.position.epoch >= plan.epochs or record.stopped or self._interrupts.requested
@@ -222,8 +227,7 @@ class Controller:
             self._epoch_started = self._clock()
         sent: deque[tuple[Segment | int, list[Any]]] = deque()  # a number: the snapshot of that step
         result: SegmentResult | None = None
-        self._heartbeat = Heartbeat(self._group.beats, self._hang_timeout or math.inf, self._clock)
-        self._heartbeat.begin(range(len(self._group.workers)))
+        self._listen()
         try:
             while result is None or not (result.epoch_end or result.stop):
                 # Nothing is sent ahead before anything is measured, or into the next epoch: a callback may stop there.
@@ -251,8 +255,6 @@ class Controller:
             for _, calls in sent:
                 self._group.drain(calls)
             raise
-        finally:
-            self._heartbeat = None
         for _, calls in sent:  # sent before a callback or the data ended the epoch: the workers pass over it
             self._group.wait(calls, self._watch, survivable=True)
         if result.epoch_end and num_steps is None and not result.stop:
@@ -264,36 +266,56 @@ class Controller:
 
         Raises:
             WorkerDied: that is not to be; the group is closed.
+            GroupBroken: it broke again, once it was formed.
         """
-        group, dead = self._group, broken.dead
-        left = [rank for rank in range(len(group.workers)) if rank not in dead]
-        found: list[Standing] = group.wait(group.submit("standing", ranks=left), ranks=left)
-        if not all(standing.goes_on for standing in found):
-            group.fail()
-            raise broken.error
+        group = self._group
         try:
-            self._recoveries.begin(broken.error, record.steps)
+            dead, handover, behind = self._settle(broken, record)
+            if dead:
+                group.replace(dead, self._display.status)
+                lost = self._lost(record.position, is_first=0 in dead)
+                calls = group.submit("begin_fit", plan, callbacks, handover=handover, lost=lost, ranks=dead)
+                group.wait(calls, self._watch, ranks=dead)
+            group.wait(group.submit("catch_up", handover, ranks=behind), self._watch, ranks=behind)
+            group.form()
         except BaseException:
-            group.fail()
+            if not group.closed:
+                group.fail(broken.dead)
             raise
-        self._display.note(f"{broken.error.message}: going on without a step lost ({self._recoveries})")
-        standings = dict(zip(left, found, strict=True))
-        furthest = max(left, key=lambda rank: (standings[rank].place, -rank))
-        newest = standings[furthest].result
-        if standings[furthest].segments > self._segments and newest is not None:
-            self._take_in([newest], record)  # the last to finish it did not live to say so
-        (handover,) = group.submit("hand_over", ranks=[furthest])
-        if dead:
-            group.replace(dead, self._display.status)
-            lost = self._lost(record.position, is_first=0 in dead)
-            calls = group.submit("begin_fit", plan, callbacks, handover=handover, lost=lost, ranks=dead)
-            group.wait(calls, self._watch, ranks=dead)
-        behind = [rank for rank in left if standings[rank].place < standings[furthest].place]
-        group.wait(group.submit("catch_up", handover, ranks=behind), self._watch, ranks=behind)
-        group.form()
+        self._listen()
         answers = group.wait(group.submit("go_on"), self._watch, survivable=True)
         if answers[0] is not None:
             self._take_in(answers, record)
+
+    def _settle(self, broken: GroupBroken, record: FitRecord) -> tuple[list[int], Any, list[int]]:
+        """Ask those who live how far they are.
+
+        Returns:
+            The ranks to be replaced, what the furthest hands over, and the ranks that are a step behind it.
+        """
+        group = self._group
+        left = [rank for rank in range(len(group.workers)) if rank not in broken.dead]
+        self._listen(left)
+        found: list[Standing] = group.wait(group.submit("standing", ranks=left), self._watch, ranks=left)
+        if not all(standing.goes_on for standing in found):
+            raise broken.error
+        self._recoveries.begin(broken.error, record.steps)
+        self._display.note(f"{broken.error.message}: going on in place ({self._recoveries})")
+        standings = dict(zip(left, found, strict=True))
+        furthest = max(left, key=lambda rank: (standings[rank].place, -rank))
+        ahead = standings[furthest]
+        if ahead.segments > self._segments and ahead.result is not None:
+            self._take_in([ahead.result], record)  # the last to finish it did not live to say so
+        behind = [rank for rank in left if standings[rank].place < ahead.place]
+        lost = [rank for rank in behind if not standings[rank].can_catch_up_with(ahead)]
+        dead = sorted([*broken.dead, *lost])
+        (handover,) = group.submit("hand_over", ranks=[furthest])
+        return dead, handover, [rank for rank in behind if rank not in lost]
+
+    def _listen(self, ranks: Sequence[int] | None = None) -> None:
+        """Give all ranks, or some, time from now on to get on."""
+        if self._heartbeat is not None:
+            self._heartbeat.begin(range(len(self._group.workers)) if ranks is None else ranks)
 
     def _lost(self, position: Position, is_first: bool) -> Lost:
         """What the dead have told of what each rank alone has; metrics begin anew with each epoch."""
@@ -327,7 +349,8 @@ class Controller:
                 self._heartbeat.took(result.seconds / result.num_steps)
         if result.num_steps or result.epoch_end is not None:
             self._segments += 1
-            self._last = list(answers) if len(answers) == len(self._group.workers) else []
+            if len(answers) == len(self._group.workers):
+                self._last = list(answers)
         record.steps += result.num_steps
         self._tracker.log_steps(record.steps - _length(result.step_logs), result.step_logs, result.seconds)
         record.position, record.stopped = result.position, result.stop
@@ -350,14 +373,14 @@ class Controller:
     def _end_who_hangs(self) -> None:
         """Tell who keeps the others waiting for too long, and end it; the rest is as with any that died."""
         found = self._heartbeat.look() if self._heartbeat is not None else None
-        if found is None:
+        if found is None or self._group.closed:
             return
         rank, why = found
         worker = self._group.workers[rank]
         self._display.note(f"rank {rank} on {worker.host} hangs: {why}; it counts as dead")
         for other, stack in self._group.stacks().items():
             self._display.print(f"rank {other} is here:\n{stack}")
-        self._heartbeat = None
+        self._listen()
         self._group.end(rank, f"it hung: {why} (hang_timeout={self._hang_timeout:g})")
 
     def _watch(self, is_last: bool = False) -> None:

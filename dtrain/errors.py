@@ -8,7 +8,7 @@
     ├── CheckpointError   a checkpoint is missing, damaged or of another model
     │   └── TakenOver     another driver trains the run by now
     ├── TrackingError     MLflow refused what it was asked
-    └── LostPeer          a rank cannot go on because another failed, which tells why; users see the other's error
+    └── LostPeer          a rank cannot go on because another failed; users see that one's error, or WorkerDied
 
 A message names the argument, the value, the rule and the fix. All of them survive pickling.
 """

@@ -74,6 +74,21 @@ class SavedFit:
 
 
 @dataclass(frozen=True)
+class Knowledge:
+    """What a training step has shown of itself where it was traced, or run eagerly.
+
+    Attributes:
+        returned: what a custom step returns (see `dtrain.step.Steps.returned`).
+        places: how that is nested.
+        frozen: of each layer, whether it was frozen when the step was traced.
+    """
+
+    returned: dict[str, Any] | None
+    places: Mapping[str, tuple[str, ...]]
+    frozen: list[bool] | None
+
+
+@dataclass(frozen=True)
 class Standing:
     """How far a rank has come with a fit, as rank after rank tells when the group broke.
 
@@ -81,6 +96,7 @@ class Standing:
         segments: how many it has finished.
         steps: of the one under way, how many it has finished.
         stage: of its epoch, what of the hooks and the validation is behind it.
+        hooks: how many hooks of the fit it has called, and the ranks agreed on.
         result: of the last segment that it has finished.
         goes_on: the fit can go on from here in another group; not where this rank alone knew what is lost with one.
     """
@@ -88,13 +104,18 @@ class Standing:
     segments: int
     steps: int
     stage: int
+    hooks: int
     result: SegmentResult | None
     goes_on: bool
 
     @property
-    def place(self) -> tuple[int, int, int]:
+    def place(self) -> tuple[int, int, int, int]:
         """To be compared: the rank with the largest is the furthest."""
-        return self.segments, self.steps, self.stage
+        return self.segments, self.steps, self.stage, self.hooks
+
+    def can_catch_up_with(self, other: "Standing") -> bool:
+        """Whether it lacks no more than an update that the other has made: that is all in the state."""
+        return (self.segments, self.stage, self.hooks) == (other.segments, other.stage, other.hooks)
 
 
 @dataclass(frozen=True)
@@ -131,7 +152,10 @@ class Handover:
         part: of the one under way.
         has_begun: the epoch's hook was called and its metrics are reset.
         half_done: a hook that was called, and that the ranks have yet to agree on.
-        batch: the first step and the end of an execution whose hook is due.
+        hooks: how many hooks of the fit were called and agreed on.
+        batch: of hooks of single batches, how far they are (see `dtrain.batch_hooks.BatchHooks.place`).
+        own: what a custom step returned besides metrics, in the part's steps, times the rank's share.
+        knowledge: of the training step.
         stop: a callback set `stop_training`.
     """
 
@@ -141,7 +165,10 @@ class Handover:
     part: Part | None
     has_begun: bool
     half_done: tuple[str, tuple[Any, ...]] | None
-    batch: tuple[int, int] | None
+    hooks: int
+    batch: tuple[int | None, tuple[int, int] | None]
+    own: Mapping[str, Array]
+    knowledge: Knowledge
     stop: bool
 
 

@@ -36,8 +36,8 @@ def who_hangs(heard: Mapping[int, Heard], now: float, timeout: float) -> tuple[i
     """The rank that is to blame, and what for; None: nobody is.
 
     One that does not answer is to blame. Else none has got on for so long, and it is one that does not wait for the
-    others; where all of them wait it is the one that has done the least, unless one has yet to train its first step:
-    that may be building the graph of a large model.
+    others; where all of them wait it is the one that has done the least, unless one does it for the first time: that
+    may be building the graph of a large model.
     """
     for rank, last in heard.items():
         if now - last.answered > timeout:
@@ -46,7 +46,7 @@ def who_hangs(heard: Mapping[int, Heard], now: float, timeout: float) -> tuple[i
         return None
     beats = {rank: last.beat for rank, last in heard.items() if last.beat is not None}
     busy = {rank: beat for rank, beat in beats.items() if not beat.waits}
-    if not busy and not all(beat.has_trained for beat in beats.values()):
+    if not busy and any(beat.is_new for beat in beats.values()):
         return None
     rank = min(busy or beats, key=lambda rank: (beats[rank].beats, rank))
     return rank, f"no step was finished for {now - heard[rank].changed:.0f} s; it was in {beats[rank].doing}"
@@ -56,13 +56,16 @@ class Heartbeat:
     """Listens to the ranks of a fit.
 
     Args:
-        ask: returns what ranks have said since the last time; does not wait.
+        ask: returns what ranks have said since the last time, None of one that is dead; does not wait.
         timeout: seconds; infinite: nothing is a hang.
         clock: seconds, monotonic.
     """
 
     def __init__(
-        self, ask: Callable[[], Sequence[tuple[int, Beat]]], timeout: float, clock: Callable[[], float] = time.monotonic
+        self,
+        ask: Callable[[], Sequence[tuple[int, Beat | None]]],
+        timeout: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ask = ask
         self._timeout = timeout
@@ -89,6 +92,9 @@ class Heartbeat:
             self.begin(list(self._heard))
         self._looked = now
         for rank, beat in self._ask():
+            if beat is None:  # dead is another matter
+                self._heard.pop(rank, None)
+                continue
             before = self._heard.get(rank)
             is_same = before is not None and before.beat is not None and before.beat.beats == beat.beats
             changed = before.changed if before is not None and is_same else now

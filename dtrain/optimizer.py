@@ -47,6 +47,7 @@ class Reduction:
         by_user: the forms of gradients that `reduce_gradients` has returned and no `apply` has taken yet.
         scaled: for each optimizer, whether its `scale_loss` was called.
         is_applying: an optimizer whose gradients were reduced is at work; it may have others inside.
+        assigned_early: what was assigned before gradients were reduced.
     """
 
     collective: Collective
@@ -60,6 +61,7 @@ class Reduction:
     by_user: list[Any] = field(default_factory=list)
     scaled: list[bool] = field(default_factory=list)
     is_applying: bool = False
+    assigned_early: list[Any] = field(default_factory=list)
 
     @property
     def has_statistics(self) -> bool:
@@ -208,6 +210,9 @@ def _form(grads: Sequence[Any]) -> list[Any]:
 
 def reduce(grads: Sequence[Any], name: str, reduction: Reduction) -> list[Any]:
     """Sum gradients over ranks; moving statistics ride along and are assigned their mean weighted by rows."""
+    reduction.assigned_early += [
+        v for v in reduction.assigned if all(v is not other for other in reduction.assigned_early)
+    ]
     if reduction.sparse_as_dense:
         grads = [tf.convert_to_tensor(grad) if isinstance(grad, tf.IndexedSlices) else grad for grad in grads]
     statistics = reduction.take_statistics()

@@ -6,8 +6,9 @@ group finishes what there is of the segment as if it had been a shorter one.
 """
 
 import contextlib
+import json
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,10 @@ class _Part:
         self.states.append(states)
         self.own.append(own)
 
+    def own_logs(self) -> dict[str, Array]:
+        """Of all of its steps, what a custom step returned besides metrics."""
+        return {key: np.concatenate([own[key] for own in self.own]) for key in (self.own[0] if self.own else ())}
+
     def told(self) -> Part:
         return Part(self.segment, self.steps, self.rows, self.seconds, self.ended, self.step_logs, self.validation)
 
@@ -108,6 +113,7 @@ class RankFit:
         self._stopped = False
         self._has_begun = False  # the epoch that `_position` is in
         self._has_warned = False
+        self._is_validating = False
         self._part: _Part | None = None
         self._segments = 0
         self._result: SegmentResult | None = None
@@ -192,6 +198,7 @@ class RankFit:
         part.ended = part.steps < part.segment.num_steps or self._is_end(part.position)
 
     def _call(self, part: _Part, chunk: Chunk) -> tuple[list[Array], dict[str, Array]]:
+        started = time.perf_counter()
         try:
             return self._replica.call("train", chunk)
         except Exception as error:
@@ -199,6 +206,7 @@ class RankFit:
                 finished, states, own = self._replica.undo()
                 if finished:
                     part.add(chunk, finished, states, own)
+                    part.seconds += time.perf_counter() - started
             raise
 
     def _step_of_fit(self, step: int) -> int:
@@ -261,7 +269,7 @@ class RankFit:
         if self._validation is not None and _is_due(self._plan.validation_freq, epoch):
             if part.validation is None:
                 self._replica.beat("reading data to validate on")
-                part.validation = self._replica.evaluate_on(self._validation, self._callbacks, self._batch_bytes[1])
+                part.validation = self._validate(epoch)
             logs.update({f"val_{key}": value for key, value in part.validation.items()})
         self._epoch_logs = logs
         known = {key: len(values) for key, values in self._callbacks.history().items()}
@@ -271,6 +279,21 @@ class RankFit:
         history = self._callbacks.history()  # it has what callbacks added to the logs, too
         self._logs = {key: values[-1] for key, values in history.items() if len(values) > known.get(key, 0)}
         return EpochEnd(epoch, _numbers(self._logs), learning_rate(self._model))
+
+    def _validate(self, epoch: int) -> Logs:
+        assert self._validation is not None
+        if self._is_validating and isinstance(self._validation, StreamLoader):  # it was interrupted, and begins again
+            self._validation.reopen()
+            self._validation.skip_passes(self._num_validated(epoch))
+        self._is_validating = True
+        logs = self._replica.evaluate_on(self._validation, self._callbacks, self._batch_bytes[1])
+        self._is_validating = False
+        return logs
+
+    def _num_validated(self, epoch: int) -> int:
+        """How many validations this fit has done before that of an epoch."""
+        before = range(self._plan.initial_epoch, epoch)
+        return sum(_is_due(self._plan.validation_freq, each) for each in before)
 
     def _warn_of_early_end(self, end: Position) -> None:
         """Keras's warning, once a fit, where the user sees it: above the bar."""
@@ -305,8 +328,7 @@ class RankFit:
         if saved.position.step == 0:
             self._epoch_logs = dict(saved.logs)
         if isinstance(self._validation, StreamLoader):
-            done = range(self._plan.initial_epoch, saved.position.epoch)
-            self._validation.skip_passes(sum(_is_due(self._plan.validation_freq, epoch) for epoch in done))
+            self._validation.skip_passes(self._num_validated(saved.position.epoch))
         self._replica.write_state(dict(saved.state))
         if saved.own:
             in_epoch = saved.position.step > 0
@@ -325,86 +347,67 @@ class RankFit:
         stage = 0
         if part is not None and self._has_begun:
             stage = 1 + part.ended + (part.step_logs is not None) + (part.validation is not None)
-        return Standing(self._segments, part.steps if part else 0, stage, self._result, self._can_be_told)
+        steps, hooks = part.steps if part is not None else 0, self._callbacks.completed
+        return Standing(self._segments, steps, stage, hooks, self._result, self._can_be_told)
 
     def hand_over(self) -> Handover:
         """What a rank that is behind, or new, has to know to be where this one is. Changes nothing."""
         part = self._part
         position = part.position if part is not None else self._position
-        states = save_states(self._callbacks.with_state())
+        states = save_states([c if self._runs_here(c) else None for c in self._callbacks.with_state()])
         state = self._replica.read_state_as_first()
-        saved = SavedFit(position, 0, state, (), states, without_tensors(self._logs), {})
         return Handover(
-            saved,
+            SavedFit(position, 0, state, (), states, without_tensors(self._logs), {}),
             self._segments,
             self._result,
             part.told() if part is not None else None,
             self._has_begun,
             self._callbacks.half_done,
-            self._hooks.due,
+            self._callbacks.completed,
+            self._hooks.place,
+            part.own_logs() if part is not None else {},
+            self._replica.knowledge,
             bool(self._model.stop_training),
         )
 
     def take_over(self, handover: Handover) -> None:
         """Be, from the beginning, where the rank is that hands over: for a newcomer that began with `handover.fit`."""
         self._model.stop_training = handover.stop
+        self._replica.knowledge = handover.knowledge
         self._segments, self._result = handover.segments, handover.result
         self._has_begun = handover.has_begun
-        begun_since = handover.has_begun and handover.part is not None and handover.part.segment.position.step == 0
+        part = handover.part
+        if isinstance(self._validation, StreamLoader) and part is not None and part.validation is not None:
+            self._validation.skip_passes(1)
+        begun_since = handover.has_begun and part is not None and part.segment.position.step == 0
         if self._collective.rank == 0 and begun_since:  # in a process whose callbacks' state is lost from there on
             self._callbacks.make_up_for("on_epoch_begin", self._position.epoch)
-            self._take_state(handover)
-        self._callbacks.take_over(handover.half_done)
-        self._align(handover)
+        self._callbacks.take_over(handover.half_done, handover.hooks)
+        self.catch_up(handover)
 
     def catch_up(self, handover: Handover) -> None:
-        """Come to where the rank is that hands over, which is ahead by a step or by the end of a segment at most."""
-        part = self._part
-        if part is not None and self._segments < handover.segments:  # the others have agreed without this one
-            assert handover.result is not None
-            self._close_as(part, handover.result)
-        if handover.has_begun and not self._has_begun:
-            self._model.reset_metrics()
-            self._callbacks.call_here("on_epoch_begin", handover.fit.position.epoch)
-            self._has_begun = True
-        if handover.part is not None and (self._part is None or self._part.steps < handover.part.steps):
-            self._take_state(handover)
-        self._align(handover)
-
-    def _take_state(self, handover: Handover) -> None:
+        """Make the update that the rank that hands over is ahead by (see `Standing.can_catch_up_with`)."""
         write_state(self._model, handover.fit.state)
         self._replica.spread_seeds()
-
-    def _close_as(self, part: _Part, result: SegmentResult) -> None:
-        if part.steps < result.num_steps:
-            part.steps, part.rows = result.num_steps, result.rows
-        self._logs = dict(result.logs)
-        if result.epoch_end is not None:
-            self._epoch_logs = dict(result.epoch_end.logs)
-            if self._callbacks.half_done is None:
-                logs = self._replica.nested("train", self._epoch_logs)
-                self._callbacks.call_here("on_epoch_end", result.epoch_end.epoch, logs=logs)
-            self._logs = dict(result.epoch_end.logs)
-        part.step_logs = dict(result.step_logs)
-        self._close(part, result.logs, result.epoch_end)
-
-    def _align(self, handover: Handover) -> None:
-        """Have as many records as the rank that hands over; of steps that this one knows nothing of, its newest."""
-        told = handover.part
-        if told is None:
+        own = {key: np.zeros(1) for key in self._replica.own_logs}
+        if handover.part is not None:
+            self._part = self._aligned(handover.part, handover.own)
+            own = {key: values for key, values in self._part.own_logs().items() if len(values)} or own
+        else:
             self._part = None
-            return
-        part = self._part
-        if part is None or part.segment != told.segment:
-            part = _Part(told.segment)
+        self._hooks.take_over(handover.batch, self._newest(1), own)
+
+    def _aligned(self, told: Part, own: Mapping[str, Array]) -> _Part:
+        """This rank's part of the segment, with as many records as the rank that hands over has.
+
+        Of steps that this one knows nothing of, the metrics are its newest, and what else they returned is as there.
+        """
+        part = self._part or _Part(told.segment)
         missing = told.steps - part.steps
-        own = {key: np.full(missing, np.nan) for key in self._replica.own_logs}
         if missing > 0:
-            slots = missing if self._replica.metrics.records_steps else 1
-            newest = [np.asarray(value) for value in self._replica.metrics.read()]
-            part.states.append([np.repeat(value[None], slots, axis=0) for value in newest])
-            part.own.append(own)
-        self._part = replace(
+            part.states.append(self._newest(missing if self._replica.metrics.records_steps else 1))
+            part.own.append({key: values[part.steps :] for key, values in own.items()})
+        return replace(
             part,
             steps=told.steps,
             rows=told.rows,
@@ -413,20 +416,31 @@ class RankFit:
             step_logs=dict(told.step_logs) if told.step_logs is not None else None,
             validation=told.validation,
         )
-        if missing > 0:
-            last = [values[-1:] for values in self._part.states[-1]]
-            self._hooks.take_over(handover.batch, last, {key: values[-1:] for key, values in own.items()})
+
+    def _newest(self, times: int) -> list[Array]:
+        """The metrics as they are here, as if so many steps had left them so."""
+        return [np.repeat(np.asarray(value)[None], times, axis=0) for value in self._replica.metrics.read()]
+
+    def _runs_here(self, callback: keras.callbacks.Callback) -> bool:
+        return self._collective.rank == 0 or not self._callbacks.is_on_first_only(callback)
 
     def go_on(self) -> SegmentResult | None:
-        """In the new group, finish what there is of the interrupted segment; None: nothing of it. Collective."""
+        """In the new group, finish what there is of the interrupted segment; None: nothing of it. Collective.
+
+        Raises:
+            LostPeer: the ranks are not at one place, whatever they were told.
+        """
         part = self._part
+        here = [self.standing().place, self._hooks.place, self._callbacks.half_done, self._replica.own_logs]
+        if len({json.dumps(place) for place in self._collective.all_gather_json(here, "place")}) > 1:
+            raise LostPeer("after a recovery the ranks are not at one place")
         if part is None:
             return None
         part.ended |= self._has_begun and part.steps > 0 and self._is_end(part.position)
         if not part.steps and not part.ended:
             self._part = None
             return None
-        if self._hooks.due is not None:
+        if self._hooks.is_due:
             self._hooks.finish()
         return self._finish(part)
 
@@ -434,9 +448,14 @@ class RankFit:
         """On rank 0, the states of what is complete there alone; None in the others' places."""
         if self._collective.rank > 0:
             return ()
-        found = self._callbacks.with_state()
-        states = save_states([callback if self._callbacks.is_on_first_only(callback) else None for callback in found])
-        return states
+        found: list[CallbackState | None] = []
+        for number, callback in enumerate(self._callbacks.with_state()):
+            state = None
+            if number == 0 or self._callbacks.is_on_first_only(callback):
+                with contextlib.suppress(Exception):  # who asks for checkpoints hears of it there
+                    (state,) = save_states([callback])
+            found.append(state)
+        return found
 
 
 def _chunks(

@@ -26,7 +26,7 @@ from dtrain.data.stream import StreamLoader
 from dtrain.errors import ConfigError, DataError
 from dtrain.faults import Strikes
 from dtrain.feeds import OpenFeed, open_feed, to_tensors
-from dtrain.fit_state import SavedFit, Snapshot
+from dtrain.fit_state import Knowledge, SavedFit, Snapshot
 from dtrain.metrics import MetricState, last_of, sum_in_rank_order
 from dtrain.model import (
     State,
@@ -87,7 +87,9 @@ class Replica:
         self.collective = collective
         self.progress = Progress("idle")
         self.strikes = strikes or Strikes()
-        self._beats, self._doing, self._has_trained = 0, "the beginning", False
+        self._beats, self._doing = 0, "the beginning"
+        self._called: set[Kind] = set()
+        self._is_first_call = True
         self._sync_batch_norm = sync_batch_norm
         self._sparse_as_dense = sparse_as_dense
         self._has_variables = False
@@ -108,7 +110,7 @@ class Replica:
     def heartbeat(self) -> Beat:
         """What this rank does; for another thread to ask while it does it."""
         waits = self._doing in (IN_STEP, BETWEEN_SEGMENTS) or self.collective.is_waiting
-        return Beat(self._beats, self._doing, waits, self._has_trained)
+        return Beat(self._beats, self._doing, waits, self._is_first_call)
 
     # --- state
 
@@ -407,6 +409,15 @@ class Replica:
     # --- over ranks
 
     @property
+    def knowledge(self) -> Knowledge:
+        """See `dtrain.step.Steps.knowledge`."""
+        return self._steps["train"].knowledge
+
+    @knowledge.setter
+    def knowledge(self, known: Knowledge) -> None:
+        self._steps["train"].knowledge = known
+
+    @property
     def own_logs(self) -> list[str]:
         """What a training step of the model's own returns besides the results of metrics."""
         return self._steps["train"].own_logs
@@ -417,6 +428,7 @@ class Replica:
 
     def call(self, kind: Kind, chunk: Chunk) -> tuple[list[Array], dict[str, Array]]:
         """Run the steps of a chunk (see `dtrain.step.Steps`). Collective."""
+        self._is_first_call = kind not in self._called
         self.beat(IN_STEP)
         if kind == "train" and self._waiting and self.model.run_eagerly:
             raise ConfigError(
@@ -424,7 +436,7 @@ class Replica:
                 " on from; build it where it is made: optimizer.build(variables)"
             )
         returned = self._steps[kind](chunk.data, chunk.share, chunk.whole, chunk.shapes)
-        self._has_trained = True
+        self._called.add(kind)
         return returned
 
     def nested(self, kind: Kind, logs: Logs) -> Logs:

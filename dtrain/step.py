@@ -17,7 +17,8 @@ from dtrain.batch_norm import synchronized_moments
 from dtrain.collective import Collective
 from dtrain.data.source import keras_batch, leaves, map_tree
 from dtrain.errors import ConfigError
-from dtrain.keras_internals import recorded_assignments, seed_generators_of
+from dtrain.fit_state import Knowledge
+from dtrain.keras_internals import layers_of, recorded_assignments, seed_generators_of
 from dtrain.losses import exact_losses
 from dtrain.metrics import MetricState, Source, flat_logs, nested_logs, places_in, shared_means
 from dtrain.model import optimizers_of
@@ -72,6 +73,8 @@ class Steps:
 
         None itself: the results of all metrics, as Keras's own steps return, or nobody knows yet."""
         self._places: dict[str, tuple[str, ...]] = {}
+        self._frozen: list[bool] | None = None  # which layers were when a step was first traced
+        self._traced_as: list[bool] | None = None  # the same of the other ranks, where this one came later
 
     @property
     def own_logs(self) -> list[str]:
@@ -118,7 +121,7 @@ class Steps:
         # A sum of g and zeros is g to the last bit; a sum of N times g / N is not.
         counted = float(self._collective.rank == 0) if whole else share
         recorded = function(flat, tf.constant(counted, tf.float64))
-        return self._told([value.numpy() for value in recorded])
+        return self._as_returned([value.numpy() for value in recorded])
 
     def undo(self) -> tuple[int, list[Array], dict[str, Array]]:
         """After a call that a lost peer has ended: put back what the step under way has changed.
@@ -129,10 +132,21 @@ class Steps:
         finished = self._undo.restore() if self._undo is not None else 0
         if not finished or self._records is None:
             return 0, [], {}
-        slots = finished if self._metrics.records_steps else 1
-        return finished, *self._told(self._records.first(slots, finished))
+        states, logs = self._as_returned(self._records.first(finished, finished))
+        if not self._metrics.records_steps:  # the one that is kept may be of the step that was undone
+            states = [np.asarray(value)[None] for value in self._metrics.read()]
+        return finished, states, logs
 
-    def _told(self, recorded: list[Array]) -> tuple[list[Array], dict[str, Array]]:
+    @property
+    def knowledge(self) -> Knowledge:
+        """What a step has shown of itself, for a rank that has yet to see one."""
+        return Knowledge(self.returned, self._places, self._frozen)
+
+    @knowledge.setter
+    def knowledge(self, known: Knowledge) -> None:
+        self.returned, self._places, self._traced_as = known.returned, dict(known.places), known.frozen
+
+    def _as_returned(self, recorded: list[Array]) -> tuple[list[Array], dict[str, Array]]:
         """Records as a call returns them: metric variables, and what a custom step returned."""
         num_states = len(self._metrics.variables)
         return recorded[:num_states], dict(zip(self.own_logs, recorded[num_states:], strict=True))
@@ -150,12 +164,24 @@ class Steps:
         signature = [list(specs), tf.TensorSpec([], tf.float64)]
         # Horovod's operations have no XLA version, so compile()'s jit_compile cannot reach around them.
         function = tf.function(run, input_signature=signature, autograph=False, jit_compile=False)
-        if self._undo is not None:
-            covered_all = self._undo.covers_all
+        with self._frozen_as_others():
+            self._frozen = self._frozen or [not layer.trainable for layer in layers_of(self._model)]
             function.get_concrete_function()
-            if self._undo.covers_all > covered_all:  # there is more to undo than a step's trace could know
-                return self._make(specs, structure, whole)
+        if self._undo is not None and self._undo.prepare():  # there is more to undo than was known before
+            return self._make(specs, structure, whole)
         return function
+
+    @contextlib.contextmanager
+    def _frozen_as_others(self) -> Iterator[None]:
+        """Inside, those layers are frozen that were when the other ranks traced the step: their graphs stay."""
+        own = [layer.trainable for layer in layers_of(self._model)]
+        try:
+            for layer, frozen in zip(layers_of(self._model), self._traced_as or (), strict=False):
+                layer.trainable = not frozen
+            yield
+        finally:
+            for layer, trainable in zip(layers_of(self._model), own if self._traced_as else (), strict=False):
+                layer.trainable = trainable
 
     def _new_records(self) -> Records:
         states = [(tf.as_dtype(variable.dtype), tf.TensorShape(variable.shape)) for variable in self._metrics.variables]
@@ -204,6 +230,7 @@ class Steps:
         num_steps = flat[0].shape[0]
         for step in range(num_steps):
             if self._undo is not None:
+                self._undo.prepare()
                 self._undo.begin_step(step)
             data = keras_batch(_packed(structure, [tensor[step] for tensor in flat]))
             is_known = self.returned is not None or not self._is_custom
@@ -251,8 +278,9 @@ class Steps:
                         " attribute of the model, so nothing was reduced over the workers; call self.optimizer.apply,"
                         " or freeze all layers"
                     )
-                if self._undo is not None and (reduction.reduced > 1 or reduction.has_statistics):
-                    self._undo.covers_all = True
+                if self._undo is not None:
+                    self._undo.covers_all |= reduction.reduced > 1 or reduction.has_statistics
+                    self._undo.assigned_early += reduction.assigned_early
                 reduce([], "statistics", reduction)  # what was assigned after the optimizer, or without one
 
     def _statistics(self) -> list[Any]:

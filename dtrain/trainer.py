@@ -78,8 +78,8 @@ class Trainer:
         run_name: names the MLflow run and the folder under `storage_path`; None: a unique one, which is printed.
         storage_path: folder or fsspec URL of the runs; default ./dtrain_runs.
         checkpoint: True: after every epoch, the newest 3 kept; False: none; or a `dtrain.CheckpointConfig`.
-        failure: what a fit survives; None: `dtrain.FailureConfig()`: it goes on from its newest checkpoint, with new
-            workers, where some have died.
+        failure: what a fit survives; None: `dtrain.FailureConfig()`: where workers die it goes on in place, with new
+            processes for them; from its newest checkpoint where all do.
         tracking: True: MLflow with its defaults; False: none; or a `dtrain.MLflowConfig`.
 
     Raises:

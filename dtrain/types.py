@@ -192,13 +192,13 @@ class Beat:
         beats: how many things it has finished: calls, chunks, hooks.
         doing: what it does now, in words.
         waits: it does something that only ends when all ranks do it.
-        has_trained: it has finished a step.
+        is_new: it has not done before what it does now, and may be building the graph of it.
     """
 
     beats: int
     doing: str
     waits: bool
-    has_trained: bool
+    is_new: bool
 
 
 @dataclass(frozen=True)

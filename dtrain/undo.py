@@ -32,16 +32,25 @@ class Undo:
         self._metrics = metrics
         self._copies: list[tuple[Any, tf.Variable]] = []
         self._finished = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self._num_taken = tf.Variable(0, dtype=tf.int64, trainable=False)
         self.covers_all = False
+        self.assigned_early: list[Any] = []
+        """Other variables that a forward pass was seen to assign."""
 
-    def prepare(self) -> None:
-        """Make room for the copies. Before a step is traced: variables cannot be made within."""
+    def prepare(self) -> bool:
+        """Make room for the copies that are needed by now; whether there was any to make.
+
+        Before a step is traced, since variables cannot be made within; and after it, when more is known of it.
+        """
+        before = len(self._copies)
         generators = [*seed_generators_of(self._model), global_seed_generator()]
         self._cover([*(generator.state for generator in generators), *self._metrics.variables])
         self._cover(state_variables_of(self._model))
+        self._cover(self.assigned_early)
         if self.covers_all:
             self._cover(self._model.variables)
             self._cover(variable for optimizer in optimizers_of(self._model) for variable in optimizer.variables)
+        return len(self._copies) > before
 
     def begin_step(self, finished: Any) -> tf.Operation:
         """Take the copies; what this returns must have run before anything of the step does.
@@ -50,11 +59,12 @@ class Undo:
             finished: how many steps of the call are finished: int, or a scalar tensor.
         """
         taken = [copy.assign(tf.convert_to_tensor(variable.value)) for variable, copy in self._copies]
-        return tf.group(*taken, self._finished.assign(tf.cast(finished, tf.int64)))
+        number = self._num_taken.assign(len(taken))  # a step that was traced before takes fewer
+        return tf.group(*taken, number, self._finished.assign(tf.cast(finished, tf.int64)))
 
     def restore(self) -> int:
         """Put everything back to the start of the step that failed. How many steps of the call were finished."""
-        for variable, copy in self._copies:
+        for variable, copy in self._copies[: int(self._num_taken.numpy())]:
             variable.assign(copy.numpy())
         return int(self._finished.numpy())
 

@@ -301,6 +301,8 @@ class Worker:
 
     def heartbeat(self) -> Beat:
         """What this rank does; answers while it does it."""
+        if self._replica is None:
+            return Beat(0, "the start of the process", False, True)
         beat: Beat = self._replica.heartbeat()
         return beat
 

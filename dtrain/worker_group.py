@@ -48,8 +48,8 @@ STACK_SECONDS = 3.0
 """How long they have to say where they are, once one hangs."""
 GLOO_FACTOR = 1.5
 """Gloo gives up a silent peer after so many times the timeout for hangs: who hangs is to be known before."""
-SURVIVAL_SECONDS = 60.0
-"""After a first failure that may be survived, how long the others have to notice; one that has not by then is dead."""
+DRAIN_SECONDS = 60.0
+"""How long what was sent ahead to workers whose group broke may take to come back, which it does at once."""
 RESCUE_SECONDS = 10.0
 """After a failure, how long a rank has to hand over the state before its process ends, too."""
 START_SECONDS = 600.0
@@ -155,12 +155,17 @@ class WorkerGroup:
         status(f"starting a new worker for {names}")
         for rank in dead:
             ray.kill(self._actors[rank], no_restart=True)  # or one that is only silent would go on
-            wait_for_name(self.spec.run_name, rank)
+            if not wait_for_name(self.spec.run_name, rank):
+                raise WorkerDied(f"rank {rank} of {self.spec.run_name} died, and Ray still holds its name", rank)
             self._actors[rank] = self._spawn(rank)
             for known in (self._late_polls, self._beats, self._ended):
                 known.pop(rank, None)
         found = dict(
-            zip(dead, self.wait(self.submit("where", ranks=dead), ranks=dead, patience=START_SECONDS), strict=True)
+            zip(
+                dead,
+                self.wait(self.submit("where", ranks=dead), ranks=dead, patience=START_SECONDS, is_replacing=True),
+                strict=True,
+            )
         )
         self.workers = tuple(found.get(worker.rank, worker) for worker in self.workers)
         self._set_up(dead)
@@ -189,7 +194,8 @@ class WorkerGroup:
         if method in ("enter", "make_model"):
             self._told[method] = method, *args
         elif method == "open":
-            self._told.pop("open validation", None)
+            if args[0] != "validation":  # what was open for the verb before is of no use any more
+                self._told = {key: told for key, told in self._told.items() if not key.startswith("open")}
             self._told[f"open {args[0]}"] = method, *args
         return results
 
@@ -207,7 +213,7 @@ class WorkerGroup:
     def drain(self, calls: Sequence[Any]) -> None:
         """Wait until calls have ended, whatever came of them."""
         with self._interrupts.watched():
-            deadline = time.monotonic() + SURVIVAL_SECONDS
+            deadline = time.monotonic() + DRAIN_SECONDS
             while time.monotonic() < deadline and not self.have_answered(calls):
                 ray.wait(list(calls), num_returns=len(calls), timeout=POLL_SECONDS)
                 self._interrupts.check()
@@ -223,8 +229,11 @@ class WorkerGroup:
         patience: float = math.inf,
         ranks: Sequence[int] | None = None,
         survivable: bool = False,
+        is_replacing: bool = False,
     ) -> list[Any]:
         """Wait for what `submit` returned, for `patience` seconds at most; see `call`.
+
+        Where a worker `is_replacing` another, one that does not start has died.
 
         Raises:
             GroupBroken: where that is `survivable`, instead of WorkerDied: the group is not closed.
@@ -234,7 +243,8 @@ class WorkerGroup:
         failures: dict[int, Failure] = {}
         pending = dict(zip(calls, ranks, strict=True))
         deadline = time.monotonic() + patience
-        blame = SURVIVAL_SECONDS if survivable else BLAME_SECONDS
+        # Those who live notice when they wait for the others next; who hangs is for the heartbeat to say.
+        blame = math.inf if survivable else BLAME_SECONDS
         with self._interrupts.watched():
             while pending and time.monotonic() < deadline:
                 ready, _ = ray.wait(list(pending), num_returns=1 if failures else len(pending), timeout=POLL_SECONDS)
@@ -251,12 +261,12 @@ class WorkerGroup:
                 self._interrupts.check()
                 watch(False)
         if pending and not failures:
-            failures[min(pending.values())] = Failure(_NOT_STARTED.format(patience), traceback="")
+            failures[min(pending.values())] = Failure(_NOT_STARTED.format(patience), traceback="", died=is_replacing)
         if not failures:
             return [results[rank] for rank in ranks]
         watch(True)  # what the user's code printed before it raised
         error = self._error_from(failures, are_stopped=not survivable)
-        dead = [rank for rank, failure in failures.items() if failure.died] + list(pending.values())
+        dead = [rank for rank, failure in failures.items() if failure.died]
         if survivable and isinstance(error, WorkerDied) and len(dead) < len(self._actors):
             raise GroupBroken(sorted(dead), error)
         self.fail(dead)
@@ -289,8 +299,8 @@ class WorkerGroup:
             return progress
         return None
 
-    def beats(self) -> list[tuple[int, Beat]]:
-        """What ranks have answered since the last call to `Worker.heartbeat`; they are asked once a second."""
+    def beats(self) -> list[tuple[int, Beat | None]]:
+        """What ranks have answered to `Worker.heartbeat` since the last call; None: they never will."""
         if time.monotonic() - self._asked >= BEAT_SECONDS:
             self._asked = time.monotonic()
             for rank, actor in enumerate(self._actors):
@@ -300,8 +310,10 @@ class WorkerGroup:
         for rank, call in list(self._beats.items()):
             if ray.wait([call], timeout=0)[0]:
                 del self._beats[rank]
-                with contextlib.suppress(RayError):
+                try:
                     found.append((rank, ray.get(call)))
+                except RayError:
+                    found.append((rank, None))
         return found
 
     def stacks(self) -> dict[int, str]:
@@ -424,7 +436,7 @@ class WorkerGroup:
         """One error for all that was reported: of a worker that is to blame, the lowest rank's."""
         rank = min(failures, key=lambda rank: (failures[rank].lost_peer, failures[rank].died, rank))
         failure = failures[rank]
-        if failure.cause is not None:
+        if failure.cause is not None and not failure.lost_peer:
             return failure.cause
         host = self.workers[rank].host if self.workers else None
         others = sorted(set(range(self.spec.num_workers)) - {rank}) if are_stopped else []

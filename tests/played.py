@@ -12,7 +12,7 @@ from dtrain.checkpoint import Staging
 from dtrain.errors import CheckpointError
 from dtrain.fit_state import Snapshot
 from dtrain.interrupts import Interrupts
-from dtrain.types import EpochEnd, FitPlan, ModelDescription, Opened, Position, Segment, SegmentResult
+from dtrain.types import EpochEnd, FitPlan, ModelDescription, Opened, Position, Segment, SegmentResult, WorkerInfo
 
 STEPS_PER_EPOCH = 2
 RATE = 0.5
@@ -30,6 +30,8 @@ class Workers:
     """
 
     description = MODEL
+    workers = (WorkerInfo(0, 0, "here", "node"),)
+    closed = False
 
     def __init__(self, interrupts: Interrupts | None = None, meanwhile: Callable[[str], None] = lambda _: None) -> None:
         self.meanwhile = meanwhile
@@ -47,7 +49,12 @@ class Workers:
     def have_answered(self, calls: list[Any]) -> bool:
         return True
 
-    def wait(self, calls: list[Any], watch: Callable[[bool], None] = lambda _: None) -> list[Any]:
+    def beats(self) -> list[Any]:
+        return []
+
+    def wait(
+        self, calls: list[Any], watch: Callable[[bool], None] = lambda _: None, survivable: bool = False
+    ) -> list[Any]:
         with self._interrupts.watched():
             watch(False)
             for method, _ in calls:

@@ -8,12 +8,12 @@ from dtrain.types import BETWEEN_SEGMENTS, IN_STEP, Beat
 TIMEOUT = 60.0
 
 
-def step(beats: int, has_trained: bool = True) -> Beat:
-    return Beat(beats, IN_STEP, True, has_trained)
+def step(beats: int, is_new: bool = False) -> Beat:
+    return Beat(beats, IN_STEP, True, is_new)
 
 
 def busy(doing: str, beats: int = 9) -> Beat:
-    return Beat(beats, doing, False, True)
+    return Beat(beats, doing, False, False)
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,8 @@ def busy(doing: str, beats: int = 9) -> Beat:
         ([Heard(step(9), 99, 0), Heard(busy("reading data"), 99, 0)], (1, "in reading data")),
         ([Heard(busy("callbacks"), 99, 10), Heard(step(9), 99, 0)], (0, "for 90 s; it was in callbacks")),
         ([Heard(step(9), 99, 0), Heard(step(8), 99, 0)], (1, "in a step")),
-        ([Heard(step(9), 99, 0), Heard(step(8, has_trained=False), 99, 0)], None),  # it may be tracing
-        ([Heard(Beat(9, BETWEEN_SEGMENTS, True, True), 99, 0), Heard(busy("callbacks"), 99, 0)], (1, "callbacks")),
+        ([Heard(step(9), 99, 0), Heard(step(8, is_new=True), 99, 0)], None),  # it may be tracing
+        ([Heard(Beat(9, BETWEEN_SEGMENTS, True, False), 99, 0), Heard(busy("callbacks"), 99, 0)], (1, "callbacks")),
         ([Heard(step(9), 99, 99), Heard(step(9), 30, 30)], (1, "not answered for 70 s")),
         ([Heard(step(9), 99, 99), Heard(None, 30, 30)], (1, "not answered for 70 s")),
     ],

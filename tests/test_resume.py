@@ -60,13 +60,13 @@ def save_after_each(
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_fit_goes_on_bit_for_bit_from_every_step(ranks: Ranks, world_size: int, name: str, tmp_path: Path) -> None:
+def test_a_fit_goes_on_bit_for_bit_from_any_step(ranks: Ranks, world_size: int, name: str, tmp_path: Path) -> None:
     outcomes = ranks.run(world_size, resumption.straight, name, "float32")
     expected = [digest for digest, _, _ in outcomes]
     _, logs, steps = outcomes[0]
     assert len(steps) > 7
-    if world_size != 2:  # in the middle and at the end of epochs, of a window of accumulation, before the last
-        steps = [step for step in steps if step % 5 in (0, 2) or step == steps[-1]]
+    # In the middle and at the end of epochs, of a window of accumulation, before the last.
+    steps = [step for step in steps if step % 5 in (0, 2) or step == steps[-1]]
     digests, saved = save_after_each(ranks, world_size, name, "float32", steps, tmp_path)
     assert digests == expected, "making checkpoints changes numbers"
     for step in steps:

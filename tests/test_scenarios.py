@@ -722,13 +722,13 @@ ON_TWO = (
     *("a model built by its first batch", "run eagerly", "several steps per execution", "sentences", "half precision"),
     *("inputs of several kinds", "an input that is left out"),
 )
-"""What two workers do as well; the others with --full. Training itself, on more workers, is in tests/exactness."""
+"""What two workers do, and one does the others; --full: both all of them. Training itself is in tests/exactness."""
 
 
 @pytest.mark.parametrize(
     ("workers", "name"),
     [
-        pytest.param(workers, name, marks=[pytest.mark.full] * (workers == "two_workers" and name not in ON_TWO))
+        pytest.param(workers, name, marks=[pytest.mark.full] * ((workers == "two_workers") != (name in ON_TWO)))
         for workers in ("one_worker", "two_workers")
         for name in MODELS
     ],

@@ -245,6 +245,14 @@ class StreamLoader:
                 self._num_read = self.num_batches  # as read whole
             self._end_epoch(ran_out=True)
 
+    def reopen(self) -> None:
+        """Stand at the beginning, as when it was opened."""
+        self._close_reader()
+        if not self._is_new:
+            self.source.open()
+        self._is_new = False
+        self._start()
+
     def close(self) -> None:
         """End the background thread."""
         self._close_reader()
@@ -272,11 +280,7 @@ class StreamLoader:
         """Make the mini-batch at `position` the next one. Not collective: a rank may stand elsewhere than another."""
         if self._position == position:
             return
-        self._close_reader()
-        if not self._is_new:
-            self.source.open()
-        self._is_new = False
-        self._start()
+        self.reopen()
         while (here := self._position) is not None and (here.epoch, here.step) < (position.epoch, position.step):
             batches, ended, error = self._read(1)
             if ended and here.step == 0 and self._starts_over():

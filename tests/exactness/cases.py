@@ -101,7 +101,7 @@ FEATURES = (
     "user_callback",
     "batch_hooks",
 )
-"""Equal for any N; those that are not in CORE at one uneven size, in float64 at N=1 and N=3.
+"""Equal for any N; those that are not in CORE at one uneven size, in float64 at N=2 or N=3, and some at N=1.
 
 The other combinations run with `--full`.
 """
@@ -151,7 +151,19 @@ MORE_FEATURES = (
     "skipped_steps",
     "metrics_of_top_k",
 )
-"""Equal for any N as well; compared in float64 at N=3 alone, the rest with `--full`."""
+"""Equal for any N as well; compared in float64 at N=2 or N=3, the rest with `--full`."""
+
+IN_THREE = (
+    *MIXING_ROWS,
+    *("normalized_synchronized", "normalized_sync_batch_norm", "normalized_masked"),
+    *("sparse_gradients", "sparse_gradients_clipped", "accumulation", "accumulation_sparse", "masked_outputs"),
+    *("loss_none", "loss_mean_with_sample_weight", "several_outputs", "custom_step_tensors", "adversaries"),
+    *("metrics_binary", "cnn", "skipped_steps", "short_epochs"),
+)
+"""Compared at N=3 rather than 2: what gathers, or sums in an order of its own."""
+
+ALONE = ("custom_step", "custom_step_tensors", "eager", "user_callback", "batch_hooks", "accumulation", "masked_lstm")
+"""Compared at N=1, too, where nothing is patched."""
 
 FLOAT64_ONLY = ("adam_usual_epsilon", "adversaries", *OPTIMIZERS)
 """Where float32's own errors are larger than what the bound is measured by (see features.adam_optimizer).
@@ -184,7 +196,9 @@ def is_left_out(world_size: int, feature: str, dtype: str) -> bool:
         return False
     if dtype != ("float32" if feature in FLOAT32_ONLY else "float64"):
         return True
-    return world_size == 2 or (world_size == 1 and feature in MORE_FEATURES)
+    if world_size == 1:
+        return feature not in (*ONE_RANK_ONLY, *ALONE)
+    return world_size != (3 if feature in IN_THREE else 2)
 
 
 def pairs(*features: str) -> list[tuple[str, str]]:
