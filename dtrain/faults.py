@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import ClassVar, Literal, Self
 
-Phase = Literal["start", "broadcast", "data", "step", "callback", "checkpoint", "evaluate", "predict", "shutdown"]
+Phase = Literal[
+    "start", "broadcast", "data", "step", "again", "callback", "checkpoint", "evaluate", "predict", "shutdown"
+]
 """Where a fault strikes: while the model is made, rank 0's state is spread, a step's data are read, a step is trained
-(its forward pass is done, its gradients are not summed yet), an epoch's last hook is due, a checkpoint is written, a
-mini-batch is evaluated, predicted, and when a fit ends."""
+(its forward pass is done, its gradients are not summed yet), a step that has summed gradients is about to sum others, an
+epoch's last hook is due, a checkpoint is written, a mini-batch is evaluated, predicted, and when a fit ends."""
 
 
 class PlannedError(Exception):
@@ -31,8 +33,8 @@ class Fault:
         kind: what happens: the process is killed or stopped, it raises, it sleeps, or gradients become NaN.
         rank: whose.
         phase: in which phase.
-        number: of the step in the fit ("data", "step"), of the epoch ("callback"), of the mini-batch ("evaluate",
-            "predict"); of the other phases how often they came before. All count from 0.
+        number: of the step in the fit ("data", "step", "again"), of the epoch ("callback"), of the mini-batch
+            ("evaluate", "predict"); of the other phases how often they came before. All count from 0.
         seconds: to sleep.
         life: how many processes had this rank before the one that is meant.
     """
@@ -102,6 +104,11 @@ class Strikes:
         is_nan = self._strike("step", self._step)
         self._step += 1
         return float("nan") if is_nan else 1.0
+
+    def again_in_step(self) -> float:
+        """Called where a step that has summed gradients is about to sum others."""
+        self._strike("again", self._step - 1)
+        return 1.0
 
     def _strike(self, phase: Phase, number: int) -> bool:
         due = [fault for fault in self._faults if (fault.phase, fault.number) == (phase, number)]

@@ -19,8 +19,10 @@ class StruckCollective:
         return getattr(self._collective, name)
 
     def all_reduce(self, tensors: Sequence[Any], name: str) -> list[Any]:
-        if name in ("gradients0.1", "gradients.1"):
-            factor = tf.py_function(self._strikes.in_step, [], tf.float64)
+        if name.startswith("gradients"):
+            is_first = name in ("gradients0.1", "gradients.1")
+            strike = self._strikes.in_step if is_first else self._strikes.again_in_step
+            factor = tf.py_function(strike, [], tf.float64)
             factor.set_shape([])
             tensors = [tensor * tf.cast(factor, tensor.dtype) for tensor in tensors]
         reduced: list[Any] = self._collective.all_reduce(tensors, name)

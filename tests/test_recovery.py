@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Notes(keras.callbacks.Callback):  # type: ignore[misc]
         self.pids.append(os.getpid())
 
     def on_train_end(self, logs: Any = None) -> None:
-        self.traces = next(layer for layer in self.model.layers if hasattr(layer, "times")).times
+        self.traces = next((layer.times for layer in self.model.layers if hasattr(layer, "times")), 0)
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,22 @@ def place(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     os.chdir(before)
 
 
-def train(name: str, *faults: Fault, num_workers: int = 2, **arguments: Any) -> Outcome:
+def train(
+    name: str,
+    *faults: Fault,
+    num_workers: int = 2,
+    model_fn: Callable[[], Any] = make_model,
+    notes: "Notes | None" = None,
+    **arguments: Any,
+) -> Outcome:
     x, y = blobs(100)
-    notes = Notes()
+    notes = notes or Notes()
     stopping = keras.callbacks.EarlyStopping("val_loss", patience=99, restore_best_weights=True)
     tracking = dtrain.MLflowConfig(log_model=False)
     given = {"checkpoint": False, "tracking": tracking, **arguments}
     with (
         FaultPlan(*faults),
-        dtrain.Trainer(make_model, num_workers=num_workers, threads_per_worker=1, run_name=name, **given) as trainer,
+        dtrain.Trainer(model_fn, num_workers=num_workers, threads_per_worker=1, run_name=name, **given) as trainer,
     ):
         trainer.evaluate(x[:8], y[:8], verbose=0)
         before = [worker.pid for worker in trainer.workers]
@@ -182,6 +189,90 @@ def test_of_three_two_may_die_at_once(undisturbed: Outcome) -> None:
     before, after = found.pids
     assert after[1] == before[1] and after[0] != before[0] and after[2] != before[2]
     assert steps_on_record("two-of-three") == list(range(EPOCHS * STEPS))
+
+
+class NotesOfBatches(Notes):
+    """Freezes a layer before the step is traced, slows down by what it counts, and keeps the hooks of batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[str] = []
+        self.losses: list[float] = []
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.model.layers[0].trainable = False
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self.batches.append(f"begin {batch}")
+        self.model.optimizer.learning_rate = 0.1 / (1 + len(self.batches))
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.batches.append(f"end {batch}")
+        self.losses.append(logs["loss"])
+
+
+def make_in_executions() -> Any:
+    keras.utils.set_random_seed(4)
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8, "relu"), keras.layers.Dense(3, "softmax")])
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"], steps_per_execution=3)
+    return model
+
+
+def test_hooks_of_batches_are_called_once_and_frozen_layers_stay_so() -> None:
+    control = train("executions", model_fn=make_in_executions, notes=NotesOfBatches())
+    fault = kill(rank=1, step=14)  # in the middle of an execution
+    found = train("executions-killed", fault, model_fn=make_in_executions, notes=NotesOfBatches())
+    assert_same_end(found, control)
+    (recovery,) = found.history.recoveries
+    assert recovery.rank == 1 and isinstance(found.notes, NotesOfBatches) and isinstance(control.notes, NotesOfBatches)
+    assert found.notes.batches == control.notes.batches and len(found.notes.batches) == 2 * EPOCHS * 4
+    assert np.array_equal(found.weights[0], control.weights[0])
+    assert np.all(np.isfinite(found.notes.losses))
+
+
+class OwnSteps(keras.Model):  # type: ignore[misc]
+    """Two optimizers in one step that runs eagerly, and a number that is no metric's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = keras.layers.Dense(8, "relu"), keras.layers.Dense(3, "softmax")
+        self.other = keras.optimizers.SGD(0.05, momentum=0.9)
+
+    def call(self, x: Any) -> Any:
+        return self.second(self.first(x))
+
+    def train_step(self, data: Any) -> Any:
+        import tensorflow as tf
+
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = keras.ops.mean(keras.losses.sparse_categorical_crossentropy(y, self(x, training=True)))
+        ours, theirs = self.first.trainable_variables, self.second.trainable_variables
+        gradients = tape.gradient(loss, [*ours, *theirs])
+        self.optimizer.apply(gradients[: len(ours)], ours)
+        self.other.apply(gradients[len(ours) :], theirs)
+        return {"own": loss}
+
+    def test_step(self, data: Any) -> Any:
+        x, y = data
+        return {"loss": keras.ops.mean(keras.losses.sparse_categorical_crossentropy(y, self(x)))}
+
+
+def make_own_steps() -> Any:
+    keras.utils.set_random_seed(4)
+    model = OwnSteps()
+    model.build((None, 5))
+    model.compile("adam", run_eagerly=True)
+    model.other.build(model.second.trainable_variables)
+    return model
+
+
+def test_a_step_of_ones_own_that_is_half_done_is_undone_as_a_whole() -> None:
+    control = train("own", model_fn=make_own_steps)
+    found = train("own-killed", kill(rank=1, step=13, phase="again"), model_fn=make_own_steps)
+    assert_same_end(found, control)
+    assert [recovery.rank for recovery in found.history.recoveries] == [1]
+    assert all(np.isfinite(found.history.history["own"]))
 
 
 def test_what_the_users_code_raises_is_not_tried_again() -> None:
