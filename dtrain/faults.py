@@ -17,8 +17,8 @@ Phase = Literal[
     "start", "broadcast", "data", "step", "again", "callback", "checkpoint", "evaluate", "predict", "shutdown"
 ]
 """Where a fault strikes: while the model is made, rank 0's state is spread, a step's data are read, a step is trained
-(its forward pass is done, its gradients are not summed yet), a step that has summed gradients is about to sum others, an
-epoch's last hook is due, a checkpoint is written, a mini-batch is evaluated, predicted, and when a fit ends."""
+(its forward pass is done, its gradients are not summed yet), a step that has summed gradients is about to sum others,
+an epoch's last hook is due, a checkpoint is written, a mini-batch is evaluated, predicted, and when a fit ends."""
 
 
 class PlannedError(Exception):
