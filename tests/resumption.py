@@ -176,7 +176,7 @@ class Fit:
         history = self.replica.end_fit()
         digest = hashlib.sha256(repr([history, self.position, self.steps]).encode())
         digest.update(repr([getattr(callback, "drawn", None) for callback in self.fit_callbacks]).encode())
-        for values in (self.replica.read_state(), read_own(self.replica.model, self.replica._metrics)):
+        for values in (self.replica.read_state(), read_own(self.replica.model, self.replica.metrics)):
             for name, value in values.items():
                 place = name.split("/")[:2]  # Keras numbers the names behind it within a process
                 digest.update(f"{place} {value.dtype} {value.shape}".encode() + value.tobytes())

@@ -68,9 +68,10 @@ def test_a_worker_that_raises_shows_the_users_traceback_first_and_stops_all(loca
         wait_until(lambda: nothing_is_left(pids))
 
 
-def test_a_killed_worker_ends_the_run_with_its_rank_and_host(local_ray: None) -> None:
+def test_a_killed_worker_that_is_not_survived_ends_the_run_with_its_rank_and_host(local_ray: None) -> None:
     x, y = blobs(640)
-    with dtrain.Trainer(make_classifier, num_workers=2, **QUIET) as trainer:
+    none = dtrain.FailureConfig(max_failures=0)
+    with dtrain.Trainer(make_classifier, num_workers=2, failure=none, **QUIET) as trainer:
         trainer.evaluate(x, y, verbose=0)
         pids = {worker.pid for worker in trainer.workers}
         victim = trainer.workers[1]
@@ -104,7 +105,7 @@ class RaiseOnRankOne(keras.callbacks.Callback):
             raise ZeroDivisionError("the user's own mistake")
 
 
-def test_what_single_batches_trained_outlives_a_failing_evaluate_but_not_rank_zero(
+def test_what_single_batches_trained_outlives_a_failing_evaluate_and_a_death_but_not_all_of_them(
     local_ray: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     x, y = blobs(64)
@@ -124,9 +125,14 @@ def test_what_single_batches_trained_outlives_a_failing_evaluate_but_not_rank_ze
             trainer.evaluate(x, y, verbose=0, callbacks=[RaiseOnRankOne()])
         assert "died with the weights" not in caplog.text
         assert differences(trainer) < 2e-5  # the momentum is kept, too
-        trainer.train_on_batch(x, y)
         os.kill(trainer.workers[0].pid, signal.SIGKILL)
-        with pytest.raises(WorkerError, match="rank 0 on .* died"):
+        loss = trainer.evaluate(x, y, verbose=0)[0]  # begins again, with new workers
+        assert loss == pytest.approx(plain.evaluate(x, y, verbose=0)[0], abs=2e-5)
+        assert differences(trainer) < 2e-5
+        assert "died with the weights" not in caplog.text
+        for rank in (0, 1):
+            os.kill(trainer.workers[rank].pid, signal.SIGKILL)
+        with pytest.raises(WorkerError, match="rank [01] on .* died"):
             trainer.evaluate(x, y, verbose=0)
         assert np.array_equal(trainer.get_weights()[0], make_classifier().get_weights()[0])
         assert "died with the weights, and there is no checkpoint" in caplog.text

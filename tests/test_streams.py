@@ -582,8 +582,8 @@ def test_a_call_that_evaluates_has_few_bytes(monkeypatch: pytest.MonkeyPatch, da
         counts.append(chunk.num_steps)
         return plain(self, kind, chunk)
 
-    plain = module.Replica._call
-    monkeypatch.setattr(module.Replica, "_call", call)
+    plain = module.Replica.call
+    monkeypatch.setattr(module.Replica, "call", call)
     replica = module.Replica(fresh_model(), LocalCollective())
     row = (5 + 1) * 8
     for calls_bytes, most in ((64 << 20, 6), (2 * BATCH * row, 2), (1, 1)):

@@ -23,6 +23,7 @@ from dtrain.data import sampler
 from dtrain.data.source import ArraySource
 from dtrain.errors import ConfigError
 from dtrain.optimizer import reduce_gradients
+from dtrain.rank_fit import RankFit
 from dtrain.replica import Replica
 from dtrain.types import Array, BatchPlan, FitPlan, Position, Segment
 from exactness.cases import CORE, PARTS, PERMUTED_RUNS, UNEVEN, Run, Size
@@ -392,7 +393,7 @@ def _steps_per_call(number: int | None) -> Iterator[None]:
     if number is None:
         yield
         return
-    with patch.object(Replica, "_steps_per_call", lambda self, fit: number):
+    with patch.object(RankFit, "_steps_per_call", lambda self: number):
         yield
 
 
