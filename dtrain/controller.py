@@ -345,7 +345,7 @@ class Controller:
             self._recoveries.settle()
             self._newest = result
             rate = self._rate = result.rows / result.seconds if result.seconds else None
-            if self._heartbeat is not None:
+            if self._heartbeat is not None and self._segments:  # the first one builds the graph
                 self._heartbeat.took(result.seconds / result.num_steps)
         if result.num_steps or result.epoch_end is not None:
             self._segments += 1

@@ -100,7 +100,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("largest differences from plain Keras")
     terminalreporter.write_line(table.full(rows))
     if not config.getoption("--full"):
-        terminalreporter.write_line("left out: most features at N=2 and in float32; --full compares them, too")
+        terminalreporter.write_line("left out: most features but at one N, and in float32; --full compares them, too")
     path = config.getoption("--exactness-table", default=None)
     if path:
         Path(path).write_text(table.short(rows))
