@@ -265,10 +265,12 @@ class WorkerGroup:
         if not failures:
             return [results[rank] for rank in ranks]
         watch(True)  # what the user's code printed before it raised
-        error = self._error_from(failures, are_stopped=not survivable)
+        error = self._error_from(failures)
         dead = [rank for rank, failure in failures.items() if failure.died]
         if survivable and isinstance(error, WorkerDied) and len(dead) < len(self._actors):
-            raise GroupBroken(sorted(dead), error)
+            told = self._error_from(failures, are_stopped=False)
+            assert isinstance(told, WorkerDied)
+            raise GroupBroken(sorted(dead), told)
         self.fail(dead)
         raise error
 
