@@ -261,7 +261,7 @@ class OwnSteps(keras.Model):  # type: ignore[misc]
 def make_own_steps() -> Any:
     keras.utils.set_random_seed(4)
     model = OwnSteps()
-    model.build((None, 5))
+    model(keras.ops.zeros((1, 5)))
     model.compile("adam", run_eagerly=True)
     model.other.build(model.second.trainable_variables)
     return model
