@@ -299,13 +299,13 @@ class Controller:
         found: list[Standing] = group.wait(group.submit("standing", ranks=left), self._watch, ranks=left)
         if not all(standing.goes_on for standing in found):
             raise broken.error
-        self._recoveries.begin(broken.error, record.steps)
-        self._display.note(f"{broken.error.message}: going on in place ({self._recoveries})")
         standings = dict(zip(left, found, strict=True))
         furthest = max(left, key=lambda rank: (standings[rank].place, -rank))
         ahead = standings[furthest]
         if ahead.segments > self._segments and ahead.result is not None:
             self._take_in([ahead.result], record)  # the last to finish it did not live to say so
+        self._recoveries.begin(broken.error, record.steps + ahead.steps)
+        self._display.note(f"{broken.error.message}: going on in place ({self._recoveries})")
         behind = [rank for rank in left if standings[rank].place < ahead.place]
         lost = [rank for rank in behind if not standings[rank].can_catch_up_with(ahead)]
         dead = sorted([*broken.dead, *lost])
@@ -342,7 +342,7 @@ class Controller:
         result, rate = answers[0], None
         step = record.position.step + result.num_steps
         if result.num_steps:
-            self._recoveries.settle()
+            self._recoveries.settle(record.steps + result.num_steps)
             self._newest = result
             rate = self._rate = result.rows / result.seconds if result.seconds else None
             if self._heartbeat is not None and self._segments:  # the first one builds the graph

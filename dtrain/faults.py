@@ -84,6 +84,10 @@ class Strikes:
         self._times: Counter[str] = Counter()
         self._step = 0
 
+    def __bool__(self) -> bool:
+        """Whether any is left to happen."""
+        return bool(self._faults)
+
     def __call__(self, phase: Phase, number: int | None = None, count: int = 1) -> None:
         """Called where a phase begins, of `count` steps. `number` None: how often it was called so far.
 

@@ -180,9 +180,8 @@ class RankFit:
         chunks = _chunks(self._feed, epoch, step, part.segment.num_steps, steps_per_call, looked_at)
         with contextlib.closing(chunks):
             for chunk in chunks:
-                step_of_fit = self._step_of_fit(chunk.first_step)
-                self._replica.strikes("data", step_of_fit, chunk.num_steps)
-                self._replica.strikes.call_begins(step_of_fit)
+                if self._replica.strikes:
+                    self._meet_faults(chunk)
                 self._replica.beat("callbacks, of a batch")
                 self._hooks.begin(chunk)
                 state, returned = self._call(part, chunk)
@@ -209,10 +208,12 @@ class RankFit:
                     part.seconds += time.perf_counter() - started
             raise
 
-    def _step_of_fit(self, step: int) -> int:
-        """The number of a step of the epoch in the whole fit, as far as epochs are known to have steps."""
+    def _meet_faults(self, chunk: Chunk) -> None:
+        """What a test has planned for steps goes by their number in the fit, as far as epochs are known to have any."""
         epochs = range(self._plan.initial_epoch, self._position.epoch)
-        return sum(self._feed.steps_in_epoch(epoch) or 0 for epoch in epochs) + step
+        step = sum(self._feed.steps_in_epoch(epoch) or 0 for epoch in epochs) + chunk.first_step
+        self._replica.strikes("data", step, chunk.num_steps)
+        self._replica.strikes.call_begins(step)
 
     def _is_end(self, position: Position) -> bool:
         return position.step == self._feed.steps_in_epoch(position.epoch)

@@ -31,11 +31,12 @@ class Recoveries:
         self._on_recovered = on_recovered
         self._clock = clock
         self._in_a_row, self._furthest = 0, 0
+        self._failed_at = 0
         self._is_over = False
         self._current: tuple[Recovery, float] | None = None  # and when it was noticed
 
     def begin(self, error: WorkerDied, steps: int) -> None:
-        """Note a failure after so many finished steps.
+        """Note a failure after so many finished steps, those included that are not taken in yet.
 
         Raises:
             WorkerDied: it is one too many.
@@ -44,7 +45,7 @@ class Recoveries:
             raise error
         self.settle()
         self._in_a_row = failures_in_a_row(self._in_a_row, self._furthest, steps)
-        self._furthest = max(self._furthest, steps)
+        self._furthest, self._failed_at = max(self._furthest, steps), steps
         if self._in_a_row > self._config.max_failures:
             self._is_over = True
             raise self.last_word(error)
@@ -60,13 +61,14 @@ class Recoveries:
 
     def redo(self, steps: int) -> None:
         """So many finished steps are trained again."""
+        self._failed_at -= steps
         if self._current is not None:
             recovery, noticed = self._current
             self._current = replace(recovery, steps_redone=steps), noticed
 
-    def settle(self) -> None:
-        """A step is finished, or the fit ends: what there is to know of the last recovery is known."""
-        if self._current is None:
+    def settle(self, steps: int | None = None) -> None:
+        """So many steps are finished, or (None) the fit ends: the last recovery is over with the first that is new."""
+        if self._current is None or (steps is not None and steps <= self._failed_at):
             return
         (recovery, noticed), self._current = self._current, None
         self.done.append(replace(recovery, seconds=self._clock() - noticed))
