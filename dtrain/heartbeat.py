@@ -13,8 +13,8 @@ from dtrain.types import Beat
 
 BLINK_SECONDS = 5.0
 """Who has not looked for so long knows nothing, and begins anew."""
-PATIENT_CALLS = 10.0
-"""A call may take so many times as long as the longest one so far, however short the timeout."""
+PATIENT_STEPS = 10.0
+"""A step may take so many times as long as the newest ones did, however short the timeout."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Heartbeat:
         self._timeout = timeout
         self._clock = clock
         self._heard: dict[int, Heard] = {}
-        self._longest = 0.0
+        self._pace = 0.0
         self._looked = clock()
 
     def begin(self, ranks: Sequence[int]) -> None:
@@ -80,8 +80,8 @@ class Heartbeat:
         self._heard = {rank: Heard(None, now, now) for rank in ranks}
 
     def took(self, seconds: float) -> None:
-        """A call of steps took so long."""
-        self._longest = max(self._longest, seconds)
+        """A step took so long."""
+        self._pace = seconds
 
     def look(self) -> tuple[int, str] | None:
         """Whether a rank hangs; see `who_hangs`."""
@@ -99,4 +99,4 @@ class Heartbeat:
             is_same = before is not None and before.beat is not None and before.beat.beats == beat.beats
             changed = before.changed if before is not None and is_same else now
             self._heard[rank] = Heard(beat, now, changed)
-        return who_hangs(self._heard, now, max(self._timeout, PATIENT_CALLS * self._longest))
+        return who_hangs(self._heard, now, max(self._timeout, PATIENT_STEPS * self._pace))
