@@ -114,6 +114,7 @@ class RankFit:
         self._has_begun = False  # the epoch that `_position` is in
         self._has_warned = False
         self._is_validating = False
+        self._without_state: list[keras.callbacks.Callback] = []
         self._part: _Part | None = None
         self._segments = 0
         self._result: SegmentResult | None = None
@@ -453,10 +454,20 @@ class RankFit:
         for number, callback in enumerate(self._callbacks.with_state()):
             state = None
             if number == 0 or self._callbacks.is_on_first_only(callback):
-                with contextlib.suppress(Exception):  # who asks for checkpoints hears of it there
+                try:
                     (state,) = save_states([callback])
+                except Exception as error:  # of the user's own; where there are checkpoints, it ends the fit there
+                    self._warn_of_unknown_state(callback, error)
             found.append(state)
         return found
+
+    def _warn_of_unknown_state(self, callback: keras.callbacks.Callback, error: Exception) -> None:
+        if callback not in self._without_state:
+            self._without_state.append(callback)
+            print(
+                f"the state of {type(callback).__name__} cannot be told ({type(error).__name__}: {error}): where this"
+                " worker dies, it begins anew"
+            )
 
 
 def _chunks(

@@ -295,3 +295,35 @@ def test_a_worker_that_hangs_counts_as_dead(undisturbed: Outcome) -> None:
     stopped, waited = found.history.recoveries
     assert stopped.rank == 1 and "it hung: the process has not answered for" in stopped.cause
     assert waited.rank == 0 and "it was in callbacks, on_epoch_end (hang_timeout=8)" in waited.cause
+
+
+class WithoutState(keras.callbacks.Callback):  # type: ignore[misc]
+    """Offers a state that cannot be had."""
+
+    def get_state(self) -> dict[str, int]:
+        raise RuntimeError("not now")
+
+    def set_state(self, state: dict[str, int]) -> None: ...
+
+
+def lines_of_two_segments(collective: Any) -> tuple[list[str], list[bool]]:
+    import contextlib
+    import io
+
+    from dtrain.data.source import ArraySource
+    from dtrain.replica import Replica
+    from dtrain.types import BatchPlan, FitPlan, Position, Segment
+
+    x, y = blobs(100)
+    replica, printed = Replica(make_model(), collective), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        replica.begin_fit(FitPlan(BatchPlan(100, 8), 1), ArraySource(x, y), callbacks=[WithoutState(), Notes()])
+        results = [replica.run(Segment(Position(0, step), 2)) for step in (0, 2)]
+    return printed.getvalue().splitlines(), [state is not None for state in results[-1].callbacks]
+
+
+def test_a_callback_whose_state_cannot_be_had_is_told_once_and_ends_no_fit(ranks: Any) -> None:
+    first, second = ranks.run(2, lines_of_two_segments)
+    (line,) = [line for line in first[0] if "WithoutState" in line]
+    assert "RuntimeError: not now" in line and "begins anew" in line
+    assert first[1] == [True, False, True] and second == ([], [])
