@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import sys
 import weakref
 from collections import Counter
@@ -41,6 +42,9 @@ def check_address(address: str | None) -> str | None:
     return None if address == "local" else address
 
 
+ANSWER_SECONDS = 10.0
+"""How long a cluster's head may take to accept a connection."""
+
 _holders: weakref.WeakSet[Any] = weakref.WeakSet()
 """Who uses the connection that `connect` made; empty where it was made elsewhere."""
 
@@ -61,6 +65,8 @@ def connect(address: str | None, holder: object) -> None:
         if _holders:
             _holders.add(holder)
         return
+    if address is not None:
+        check_answers(address)
     _holders.clear()
     # A local Ray tells each time that it protects itself with a token; that it does not is still told.
     logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_no_token_notice)
@@ -75,15 +81,34 @@ def connect(address: str | None, holder: object) -> None:
                 configure_logging=False,
             )
     except (ConnectionError, ValueError) as error:
-        raise ConfigError(
-            f"address={address!r}: no Ray cluster answers there ({error}); start one with 'ray start --head', or leave"
-            " address and RAY_ADDRESS unset for a local Ray"
-        ) from error
+        raise _no_cluster(address, error) from error
     finally:
         os.umask(umask)
     _holders.add(holder)
     # What Ray prints of a worker's death, whatever log_to_driver says; dtrain's own error tells more. No public switch.
     ray._private.worker._worker_logs_enabled = False
+
+
+def check_answers(address: str) -> None:
+    """Refuse an address, host:port, at which nobody listens: Ray tries for minutes. Other forms are Ray's to say.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str | None, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"address={address!r}: no Ray cluster answers there ({error}); start one with 'ray start --head', or leave"
+        " address and RAY_ADDRESS unset for a local Ray"
+    )
 
 
 def _workers_in_this_environment() -> AbstractContextManager[object]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ import pytest
 from models import blobs, make_classifier
 
 import dtrain
-from dtrain import worker_group
+from dtrain import cluster, worker_group
 from dtrain.errors import ConfigError, DataError, DtrainError, WorkerError
 from dtrain.interrupts import Interrupts
 
@@ -347,6 +348,16 @@ class TestBeforeAnythingStarts:
                 dtrain.Trainer(make_classifier, tracking=tracking, run_name="refused").fit(X, Y)
         assert list((in_tmp / "dtrain_runs").iterdir()) == []
         assert [path.name for path in (in_tmp / "runs").iterdir()] == ["mine"]
+
+    @pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:99999", "[::1]:1", "no.such.host.invalid:6379"])
+    def test_an_address_at_which_nobody_listens(self, address: str) -> None:
+        with pytest.raises(ConfigError, match=r"address='.*no Ray cluster answers there.*ray start --head"):
+            cluster.check_answers(address)
+
+    def test_an_address_that_answers_or_that_ray_looks_up(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            cluster.check_answers(f"127.0.0.1:{server.getsockname()[1]}")
+        cluster.check_answers("auto")
 
     def test_no_cluster_at_the_address(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import ray
