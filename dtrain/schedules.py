@@ -17,9 +17,7 @@ from dtrain.errors import ConfigError
 class WarmUp(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
     """A learning rate that rises in a straight line for `steps` updates, and then stays, or follows another schedule.
 
-    For mini-batches k times as large, Goyal et al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour" (2017,
-    arXiv:1706.02677), multiply the learning rate by k and rise to it over the first five epochs:
-    `learning_rate = base * batch_size / base_batch_size`.
+    `WarmUp.linear_scaling` is the one for mini-batches that are larger than those a learning rate was found for.
 
     Args:
         target: what it rises to: a number, or a schedule, which then starts where the warm-up ends.
@@ -30,8 +28,8 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[m
         ConfigError: `steps` is less than 1.
 
     Example:
-        >>> rate = dtrain.WarmUp(0.1 * batch_size / 256, steps=5 * steps_per_epoch, initial=0.1)
-        >>> optimizer = keras.optimizers.SGD(rate, momentum=0.9)
+        >>> decay = keras.optimizers.schedules.CosineDecay(1e-3, decay_steps=10_000)
+        >>> optimizer = keras.optimizers.AdamW(dtrain.WarmUp(decay, steps=500))
 
     A .keras file of such an optimizer loads where `dtrain.WarmUp` was named before: the name registers it with Keras.
     """
@@ -47,6 +45,35 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[m
         self.target = target
         self.steps = steps
         self.initial = initial
+
+    @classmethod
+    def linear_scaling(
+        cls, learning_rate: float, batch_size: int, base_batch_size: int, steps: int, then: Any = None
+    ) -> "WarmUp":
+        """The linear scaling rule: mini-batches k times as large, k times the learning rate, reached gently.
+
+        Goyal et al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour" (2017, arXiv:1706.02677), 2.1 and
+        2.2, rise from the learning rate of the small mini-batches over the first five epochs. It is a rule for SGD.
+
+        Args:
+            learning_rate: that goes with mini-batches of `base_batch_size` rows.
+            batch_size: rows of a mini-batch, over all workers: what `fit` is given.
+            base_batch_size: see there.
+            steps: updates until the whole rate is reached: in the paper `5 * steps_per_epoch`.
+            then: called with the whole rate, makes the schedule that follows; None: it stays.
+
+        Raises:
+            ConfigError: a size or `steps` is less than 1.
+
+        Example:
+            >>> rate = dtrain.WarmUp.linear_scaling(0.1, batch_size=2048, base_batch_size=256, steps=5 * 625)
+            >>> optimizer = keras.optimizers.SGD(rate, momentum=0.9)
+        """
+        for name, size in (("batch_size", batch_size), ("base_batch_size", base_batch_size)):
+            if size < 1:
+                raise ConfigError(f"{name}={size!r} must be 1 or more")
+        scaled = learning_rate * batch_size / base_batch_size
+        return cls(then(scaled) if then is not None else scaled, steps, initial=learning_rate)
 
     def __call__(self, step: Any) -> Any:
         """The learning rate of update `step`, counted from 0."""

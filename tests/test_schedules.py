@@ -51,3 +51,17 @@ def test_a_model_trained_with_a_warm_up_saves_loads_and_goes_on(tmp_path: Path) 
 def test_a_warm_up_of_no_steps_is_refused() -> None:
     with pytest.raises(dtrain.errors.ConfigError, match=r"steps=0 must be 1 or more"):
         dtrain.WarmUp(0.1, steps=0)
+
+
+def test_linear_scaling_rises_from_the_rate_of_small_mini_batches_to_its_multiple() -> None:
+    rate = dtrain.WarmUp.linear_scaling(0.1, batch_size=64, base_batch_size=16, steps=3)
+    assert [float(rate(step)) for step in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    decay = dtrain.WarmUp.linear_scaling(
+        0.1, 64, 16, steps=3, then=lambda scaled: keras.optimizers.schedules.ExponentialDecay(scaled, 1, 0.5)
+    )
+    assert [float(decay(step)) for step in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.2])
+
+
+def test_linear_scaling_from_mini_batches_of_no_rows_is_refused() -> None:
+    with pytest.raises(dtrain.errors.ConfigError, match=r"base_batch_size=0 must be 1 or more"):
+        dtrain.WarmUp.linear_scaling(0.1, 64, 0, steps=3)
