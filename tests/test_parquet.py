@@ -1,7 +1,6 @@
 """Claims about Parquet files as data sets: what columns become, what is read of the files, and what is refused."""
 
 import pickle
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,12 @@ import fsspec
 import numpy as np
 import pyarrow
 import pytest
-from fsspec.implementations.local import LocalFileSystem
+from counted import CountedFiles, rows_and_bytes
 from pyarrow import parquet as pq
 
 import dtrain.data
-from dtrain.data.loader import Loader
 from dtrain.data.source import leaves
 from dtrain.errors import ConfigError, DataError
-from dtrain.types import BatchPlan
 
 ROWS = 24
 TABLE = {
@@ -107,40 +104,12 @@ def test_urls_are_read_through_fsspec(file: str) -> None:
     assert dtrain.data.parquet("memory://data/*.parquet", x="row").read(AT)[0].tolist() == AT.tolist()
 
 
-COUNTING = threading.Lock()
-
-
-class CountedFiles(LocalFileSystem):  # type: ignore[misc]
-    """Local files, and how many bytes were read of them."""
-
-    protocol = "counted"
-    read = 0
-
-    def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
-        opened = open(path, mode)  # noqa: SIM115
-        plain = opened.read
-
-        def read(size: int = -1) -> bytes:
-            data: bytes = plain(size)
-            with COUNTING:
-                CountedFiles.read += len(data)
-            return data
-
-        return _Proxy(opened, read)
-
-
-class _Proxy:
-    def __init__(self, opened: Any, read: Any) -> None:
-        self._opened, self.read = opened, read
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._opened, name)
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._opened.close()
+def test_files_in_a_bucket_are_read_as_local_ones(file: str, s3: str) -> None:
+    with fsspec.open(f"{s3}/data/a.parquet", "wb") as target:
+        target.write(Path(file).read_bytes())
+    source = pickle.loads(pickle.dumps(dtrain.data.parquet(f"{s3}/data", x=["age", "image"], y="row")))
+    (x, y), (same, _) = source.read(AT), dtrain.data.parquet(file, x=["age", "image"], y="row").read(AT)
+    assert y.tolist() == AT.tolist() and x.tolist() == same.tolist()
 
 
 WIDTH = 512
@@ -149,7 +118,6 @@ WIDTH = 512
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int]:
     """A URL of two files of 64 row groups together, and how many bytes the column "x" has in them."""
-    fsspec.register_implementation("counted", CountedFiles, clobber=True)
     folder = tmp_path_factory.mktemp("counted")
     numbers = np.random.default_rng(0).random(1600 * WIDTH)
     for name in "ab":
@@ -164,17 +132,9 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int]:
 def test_a_rank_reads_at_most_a_fifth_more_bytes_than_its_part(counted: tuple[str, int], world_size: int) -> None:
     url, size = counted
     source = dtrain.data.parquet(url, x="x", y="row")
-    plan = BatchPlan(len(source), 64, shuffle=True, blocks=source.blocks)
-    rows: list[int] = []
-    for rank in range(world_size):
-        own = pickle.loads(pickle.dumps(source))
-        loader = Loader(own, plan, rank, world_size)
-        own.read(np.zeros(1, np.int64))  # as a fit begins
-        CountedFiles.read = 0
-        chunks = loader.chunks(0, 0, loader.sampler.steps_in_epoch(0), 4)
-        rows += [row for chunk in chunks for row in chunk.data[1].reshape(-1).tolist()]
-        assert CountedFiles.read <= 1.2 * size / world_size
-    assert sorted(rows) == list(range(3200))
+    read = [rows_and_bytes(source, rank, world_size) for rank in range(world_size)]
+    assert max(num_bytes for _, num_bytes in read) <= 1.2 * size / world_size
+    assert sorted(row for rows, _ in read for row in rows) == list(range(3200))
 
 
 def test_only_the_ends_of_files_are_read_before_training(counted: tuple[str, int]) -> None:

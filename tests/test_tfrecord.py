@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import fsspec
 import numpy as np
 import pytest
 import tensorflow as tf
+from counted import rows_and_bytes
 
 import dtrain.data
 from dtrain.data.source import leaves
@@ -58,6 +60,26 @@ def test_a_block_is_some_consecutive_records(tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(source))
     rows = np.random.default_rng(0).permutation(600)
     assert again.read(rows)[0].tolist() == rows.tolist()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(write(tmp_path_factory.mktemp("large") / "a.tfrecord", range(3000), padding=6000))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_rank_reads_at_most_a_fifth_more_bytes_than_its_part(large: Path, world_size: int) -> None:
+    source = dtrain.data.tfrecord(f"counted://{large}", FEATURES, x="image", y="row")
+    read = [rows_and_bytes(source, rank, world_size) for rank in range(world_size)]
+    assert max(num_bytes for _, num_bytes in read) <= 1.2 * large.stat().st_size / world_size
+    assert sorted(row for rows, _ in read for row in rows) == list(range(3000))
+
+
+def test_records_in_a_bucket_are_read_as_local_ones(tmp_path: Path, s3: str) -> None:
+    with fsspec.open(f"{s3}/records/a.tfrecord", "wb") as target:
+        target.write(Path(write(tmp_path / "a.tfrecord", range(9))).read_bytes())
+    source = pickle.loads(pickle.dumps(dtrain.data.tfrecord(f"{s3}/records", FEATURES, x="image", y="row")))
+    assert source.read(np.array([8, 0]))[1].tolist() == [8, 0]
 
 
 def test_tensors_can_be_decoded_on_the_way(tmp_path: Path) -> None:
