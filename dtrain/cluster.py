@@ -161,30 +161,32 @@ def add_job_metadata(metadata: Mapping[str, str]) -> None:
         log.warning("Ray's job list will not show the run: %s", error)
 
 
-def check_resources(num_workers: int, per_worker: Mapping[str, float], strategy: str = "PACK") -> None:
+def check_resources(num_workers: int, per_worker: Mapping[str, float], strategy: str = "PACK", spares: int = 0) -> None:
     """Refuse what the cluster could never give, whoever else uses it.
 
     Raises:
         ConfigError: with a table of what is asked for and what there is.
     """
-    asked = {name: num_workers * amount for name, amount in per_worker.items()}
+    wanted = num_workers + spares
+    asked = {name: wanted * amount for name, amount in per_worker.items()}
     total = ray.cluster_resources()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    by_node = [min(_workers_that_fit(node, per_worker), num_workers) for node in nodes]
+    by_node = [min(_workers_that_fit(node, per_worker), wanted) for node in nodes]
     if strategy == "STRICT_PACK":
         fits = max(by_node, default=0)
     elif strategy == "STRICT_SPREAD":
         fits = sum(min(count, 1) for count in by_node)
     else:
         fits = sum(by_node)
-    if fits >= num_workers:
+    if fits >= wanted:
         return
     rows = [f"  {name:<12} asked {amount:g}, the cluster has {total.get(name, 0):g}" for name, amount in asked.items()]
+    what = f"num_workers={num_workers} and spares={spares} do" if spares else f"num_workers={num_workers} does"
     raise ConfigError(
-        f"num_workers={num_workers} does not fit: with {_pairs(per_worker)} each and placement_strategy={strategy!r},"
+        f"{what} not fit: with {_pairs(per_worker)} each and placement_strategy={strategy!r},"
         f" this cluster of {len(nodes)} node(s) has room for {fits}\n"
         + "\n".join(rows)
-        + f"\nuse num_workers={max(fits, 1)}, smaller resources_per_worker"
+        + f"\nuse num_workers={max(fits - spares, 1)}, smaller resources_per_worker"
         ' (such as {"CPU": 0.5}), or a larger cluster'
     )
 

@@ -61,6 +61,9 @@ class Trainer:
         model_fn: makes and compiles the model: `() -> keras.Model`, or with `config` given, `(config) -> keras.Model`.
             It is called on every worker.
         num_workers: how many workers hold a replica each.
+        spares: how many more processes wait, TensorFlow imported, with the resources of a worker each, to take a dead
+            one's place: that then takes a second or two instead of the start of a process. A new one is started
+            instead in the background.
         use_gpu: one GPU for each worker.
         resources_per_worker: Ray's resources of each; default {"CPU": 1}. Custom resources too.
         threads_per_worker: TensorFlow threads of each; None: the node's cores shared among its workers.
@@ -98,6 +101,7 @@ class Trainer:
         model_fn: "Callable[..., keras.Model]",
         *,
         num_workers: int = 1,
+        spares: int = 0,
         use_gpu: bool = False,
         resources_per_worker: Mapping[str, float] | None = None,
         threads_per_worker: int | None = None,
@@ -122,6 +126,12 @@ class Trainer:
         )
         if threads_per_worker is not None:
             arguments.whole_number("threads_per_worker", threads_per_worker, 1)
+        self.spares = arguments.whole_number("spares", spares, 0)
+        if self.spares and self.num_workers == 1:
+            raise ConfigError(
+                f"spares={spares} needs num_workers=2 or more: who takes a dead worker's place is told the state by one"
+                " that lives"
+            )
         problem = quick_horovod_problem(gpu=use_gpu) if self.num_workers > 1 else None
         if problem:
             raise ConfigError(problem)
@@ -407,13 +417,14 @@ class Trainer:
         """
         if self._group is None or self._group.closed:
             cluster.connect(self._address, self)
-            cluster.check_resources(self.num_workers, self._resources, self._strategy)
+            cluster.check_resources(self.num_workers, self._resources, self._strategy, self.spares)
             check_name(run_name)
 
     def _new_group(self, run_name: str, display: ProgressBar) -> WorkerGroup:
         spec = GroupSpec(
             run_name=run_name,
             num_workers=self.num_workers,
+            spares=self.spares,
             resources=self._resources,
             strategy=self._strategy,
             settings=lambda cpus, workers_on_node: self._settings(run_name, cpus, workers_on_node),

@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 import numpy.typing as npt
 
-from dtrain.faults import Fault
-
 Array = npt.NDArray[Any]
 Tree = Any
 """A NumPy array, or a dict, list or tuple of trees (None where there is nothing)."""
@@ -275,7 +273,6 @@ class WorkerSettings:
         keras: what the driver has set in Keras: floatx, epsilon, image_data_format, dtype_policy.
         sync_batch_norm: BatchNormalization uses the statistics of the whole mini-batch.
         sparse_as_dense: sparse gradients are made dense and summed, instead of gathered as they are.
-        faults: what a test has planned for it.
     """
 
     run_name: str
@@ -287,7 +284,6 @@ class WorkerSettings:
     keras: Mapping[str, Any] = field(default_factory=dict)
     sync_batch_norm: bool = False
     sparse_as_dense: bool = False
-    faults: tuple[Fault, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,7 +21,7 @@ from dtrain.callback_state import Hooks, export_state
 from dtrain.checkpoint import FileRecord, Staging
 from dtrain.data.given import unpickled
 from dtrain.errors import CheckpointError, DtrainError, LostPeer
-from dtrain.faults import Strikes
+from dtrain.faults import Fault, Strikes
 from dtrain.types import (
     Batching,
     BatchPlan,
@@ -41,6 +41,8 @@ from dtrain.types import (
     WorkerSettings,
 )
 
+NO_RANK = -1
+"""Of a process that waits."""
 STACK_FRAMES = 12
 """So many of the innermost frames are shown of a process that hangs."""
 
@@ -63,7 +65,7 @@ class Worker:
 
     Args:
         run_name: the run it belongs to.
-        rank: which rank it starts as.
+        rank: which rank it starts as; NO_RANK: it waits until it is to take one's place.
     """
 
     def __init__(self, run_name: str, rank: int) -> None:
@@ -80,7 +82,7 @@ class Worker:
         sys.stdout = self._printed
 
     def __repr__(self) -> str:
-        return f"dtrain:{self._run_name}:rank{self._rank}"
+        return f"dtrain:{self._run_name}:" + (f"rank{self._rank}" if self._rank != NO_RANK else "spare")
 
     def where(self) -> WorkerInfo:
         """Where this rank runs."""
@@ -91,8 +93,13 @@ class Worker:
         return WorkerInfo(self._rank, os.getpid(), socket.gethostname(), context.get_node_id(), gpus, _cpu())
 
     @_reported
-    def setup(self, settings: WorkerSettings) -> None:
-        """Prepare the process: environment, threads, seeds and Keras's settings, before any of the user's code."""
+    def setup(self, by_node: Mapping[str, WorkerSettings]) -> None:
+        """Prepare the process: environment, threads, seeds and Keras's settings, before any of the user's code.
+
+        Args:
+            by_node: what holds on each node of the cluster.
+        """
+        settings = by_node[self.where().node_id]
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1")
         os.environ["KERAS_BACKEND"] = "tensorflow"
         if not settings.use_gpu:
@@ -103,16 +110,21 @@ class Worker:
         set_up_tensorflow(settings)
 
     @_reported
-    def take_place(self, membership: Membership) -> None:
-        """Be a rank of a group that is yet to form: what the ranks would agree on is what this one says."""
+    def take_place(self, membership: Membership, faults: Sequence[Fault] = ()) -> None:
+        """Be a rank of a group that is yet to form: what the ranks would agree on is what this one says.
+
+        Args:
+            membership: its place.
+            faults: what a test has planned for it.
+        """
         from dtrain.collective import HorovodCollective, LocalCollective
 
-        assert self._settings is not None
+        self._rank = membership.rank
         self._collective = HorovodCollective(membership) if membership.world_size > 1 else LocalCollective()
-        if self._settings.faults:
+        if faults:
             from dtrain.struck_collective import StruckCollective
 
-            self._strikes = Strikes(self._settings.faults)
+            self._strikes = Strikes(faults)
             self._collective = StruckCollective(self._collective, self._strikes)
 
     @_reported

@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,8 +32,9 @@ from dtrain.errors import ConfigError, WorkerDied, WorkerError
 from dtrain.faults import FaultPlan
 from dtrain.interrupts import Interrupts
 from dtrain.rendezvous import RendezvousServer, Scope, assign
+from dtrain.spares import Spares
 from dtrain.types import Array, Beat, Failure, ModelDescription, Progress, WorkerInfo, WorkerSettings
-from dtrain.worker import Worker
+from dtrain.worker import NO_RANK, Worker
 
 log = logging.getLogger("dtrain")
 
@@ -85,6 +87,7 @@ class GroupSpec:
         strategy: Ray's placement strategy.
         runtime_env: Ray's runtime environment.
         timeout: seconds after which a peer that says nothing is gone.
+        spares: how many more processes wait to take a dead one's place.
         settings: for a worker on a node with so many CPUs and so many workers.
     """
 
@@ -95,6 +98,7 @@ class GroupSpec:
     settings: Callable[[float, int], WorkerSettings]
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
     timeout: float = 60.0
+    spares: int = 0
 
 
 class WorkerGroup:
@@ -118,6 +122,8 @@ class WorkerGroup:
         self.directory: str | None = None
         """The driver's working directory, as the workers were told."""
         self._actors: list[Any] = []
+        self._bundles: list[int] = []  # of the placement group, each rank's
+        self._spares = Spares(lambda number, bundle: self._spawn(f"spare{number}", NO_RANK, bundle))
         self._beats: dict[int, Any] = {}
         self._asked = 0.0
         self._ended: dict[int, str] = {}  # by us, and why
@@ -138,9 +144,11 @@ class WorkerGroup:
         try:
             self._reserve(status)
             status(f"starting {self.spec.num_workers} worker{'s' * (self.spec.num_workers > 1)}")
-            self._actors = [self._spawn(rank) for rank in range(self.spec.num_workers)]
+            self._bundles = list(range(self.spec.num_workers))
+            self._actors = [self._spawn(f"rank{rank}", rank, rank) for rank in self._bundles]
             self.workers = tuple(self.wait(self.submit("where"), patience=START_SECONDS))
             self._set_up(range(self.spec.num_workers))
+            self._take_places(range(self.spec.num_workers))
             self.form()
         except BaseException:
             self.close()
@@ -153,22 +161,26 @@ class WorkerGroup:
         """
         names = ", ".join(f"rank {rank}" for rank in dead)
         status(f"starting a new worker for {names}")
+        found: dict[int, WorkerInfo] = {}
         for rank in dead:
             ray.kill(self._actors[rank], no_restart=True)  # or one that is only silent would go on
-            if not wait_for_name(self.spec.run_name, rank):
-                raise WorkerDied(f"rank {rank} of {self.spec.run_name} died, and Ray still holds its name", rank)
-            self._actors[rank] = self._spawn(rank)
             for known in (self._late_polls, self._beats, self._ended):
                 known.pop(rank, None)
-        found = dict(
-            zip(
-                dead,
-                self.wait(self.submit("where", ranks=dead), ranks=dead, patience=START_SECONDS, is_replacing=True),
-                strict=True,
-            )
-        )
+            taken = self._spares.take()
+            if taken is not None:
+                spare, where = taken
+                self._actors[rank], self._bundles[rank] = spare.actor, spare.bundle
+                found[rank] = replace(where, rank=rank)
+            elif wait_for_name(self.spec.run_name, rank):
+                self._actors[rank] = self._spawn(f"rank{rank}", rank, self._bundles[rank])
+            else:
+                raise WorkerDied(f"rank {rank} of {self.spec.run_name} died, and Ray still holds its name", rank)
+        new = [rank for rank in dead if rank not in found]
+        started = self.wait(self.submit("where", ranks=new), ranks=new, patience=START_SECONDS, is_replacing=True)
+        found.update(zip(new, started, strict=True))
         self.workers = tuple(found.get(worker.rank, worker) for worker in self.workers)
-        self._set_up(dead)
+        self._set_up(new)
+        self._take_places(dead)
         status(f"getting {names} ready")
         for method, *args in self._told.values():
             self.wait(self.submit(method, *args, ranks=dead), ranks=dead)
@@ -352,6 +364,7 @@ class WorkerGroup:
             rendezvous, self._rendezvous = self._rendezvous, None
             try:
                 if ray.is_initialized():  # or they have ended with it
+                    self._spares.close()
                     for actor in actors:
                         ray.kill(actor, no_restart=True)
                     if placement is not None:
@@ -373,7 +386,7 @@ class WorkerGroup:
         return None
 
     def _reserve(self, status: Callable[[str], None]) -> None:
-        bundles = [dict(self.spec.resources)] * self.spec.num_workers
+        bundles = [dict(self.spec.resources)] * (self.spec.num_workers + self.spec.spares)
         name = f"dtrain:{self.spec.run_name}"
         with self._interrupts.graceful():  # one that is made and not known would keep its room
             self._placement = placement_group(bundles, self.spec.strategy, name=name)
@@ -383,13 +396,14 @@ class WorkerGroup:
             waited = time.monotonic() - started
             status(f"waiting {waited:.0f} s for {self.spec.num_workers} workers' room, held by {who_is_using()}")
 
-    def _spawn(self, rank: int) -> Any:
-        strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
+    def _spawn(self, name: str, rank: int, bundle: int) -> Any:
+        """Start a process for a rank, or (NO_RANK) one that waits."""
+        strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=bundle)
         resources = dict(self.spec.resources)
         actor_class = ray.remote(concurrency_groups={"watch": 1, "files": 1}, max_restarts=0)(Worker)
         try:
             return actor_class.options(
-                name=f"dtrain:{self.spec.run_name}:rank{rank}",
+                name=f"dtrain:{self.spec.run_name}:{name}",
                 namespace=NAMESPACE,
                 num_cpus=resources.pop("CPU", 0),
                 num_gpus=resources.pop("GPU", 0),
@@ -401,17 +415,34 @@ class WorkerGroup:
             raise ConfigError(f"runtime_env={dict(self.spec.runtime_env)!r} is refused by Ray: {error}") from error
 
     def _set_up(self, ranks: Sequence[int]) -> None:
-        cpus = {node["NodeID"]: node["Resources"].get("CPU", 1.0) for node in ray.nodes()}
-        nodes = [worker.node_id for worker in self.workers]
-        settings = [self.spec.settings(cpus.get(node, 1.0), nodes.count(node)) for node in nodes]
-        self.intra_threads = settings[0].intra_threads
-        if FaultPlan.current is not None:
-            planned = {rank: FaultPlan.current.of_next_life(rank) for rank in ranks}
-            settings = [replace(own, faults=planned.get(rank, ())) for rank, own in enumerate(settings)]
-        memberships = assign(nodes, self._generation)
-        for method, every in (("setup", settings), ("take_place", memberships)):
-            calls = [getattr(self._actors[rank], method).remote(every[rank]) for rank in ranks]
-            self.wait(calls, ranks=ranks)
+        """Prepare the processes of these ranks."""
+        by_node = self._settings()
+        self.intra_threads = by_node[self.workers[0].node_id].intra_threads
+        self.wait(self.submit("setup", by_node, ranks=ranks), ranks=ranks)
+
+    def _settings(self) -> dict[str, WorkerSettings]:
+        """For a worker on each of the cluster's nodes."""
+        cpus = {node["NodeID"]: node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"]}
+        nodes = Counter(worker.node_id for worker in self.workers)
+        return {node: self.spec.settings(cpus.get(node, 1.0), max(1, nodes[node])) for node in {*cpus, *nodes}}
+
+    def _take_places(self, ranks: Sequence[int]) -> None:
+        """Tell these ranks who they are, and what a test has planned for them."""
+        memberships = assign([worker.node_id for worker in self.workers], self._generation)
+        plan = FaultPlan.current
+        calls = [
+            self._actors[rank].take_place.remote(memberships[rank], plan.of_next_life(rank) if plan else ())
+            for rank in ranks
+        ]
+        self.wait(calls, ranks=ranks)
+
+    def _start_spares(self) -> None:
+        """Let there be as many as there were asked for, in the bundles that no rank has."""
+        missing = self.spec.spares - len(self._spares)
+        if missing:
+            used = {*self._bundles, *self._spares.bundles}
+            free = [bundle for bundle in range(self.spec.num_workers + self.spec.spares) if bundle not in used]
+            self._spares.start(free[:missing], self._settings())
 
     def form(self) -> None:
         """Make the ranks one group, a new one where there was one. On one machine it meets and talks on loopback."""
@@ -433,6 +464,7 @@ class WorkerGroup:
         ]
         self._generation += 1
         self.wait(calls)
+        self._start_spares()
 
     def _error_from(self, failures: Mapping[int, Failure], are_stopped: bool = True) -> Exception:
         """One error for all that was reported: of a worker that is to blame, the lowest rank's."""
@@ -506,17 +538,17 @@ def check_name(run_name: str) -> None:
     Raises:
         ConfigError: naming the run.
     """
-    if not wait_for_name(run_name, 0):
+    if not wait_for_name(run_name):
         raise ConfigError(f"run_name={run_name!r} is training on this cluster already; choose another run_name")
 
 
-def wait_for_name(run_name: str, rank: int) -> bool:
-    """Whether no actor of that name is alive; one that was ended a moment ago keeps its name for another."""
+def wait_for_name(run_name: str, rank: int | None = None) -> bool:
+    """Whether no actor of that rank, or of any, is alive; one that was ended a moment ago keeps its name a while."""
     deadline = time.monotonic() + NAME_SECONDS
+    run = f"dtrain:{run_name}:"
     while time.monotonic() < deadline:
-        try:
-            ray.get_actor(f"dtrain:{run_name}:rank{rank}", namespace=NAMESPACE)
-        except ValueError:
+        names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+        if not any(name.startswith(run) if rank is None else name == f"{run}rank{rank}" for name in names):
             return True
         time.sleep(POLL_SECONDS)
     return False

@@ -13,9 +13,11 @@ import keras
 import models
 import numpy as np
 import pytest
+import ray
 from models import blobs
 
 import dtrain
+from dtrain.cluster import NAMESPACE
 from dtrain.errors import WorkerDied, WorkerError
 from dtrain.testing import Fault, FaultPlan, delay, kill, raise_in, stop
 
@@ -89,6 +91,8 @@ class Outcome:
     notes: Notes
     pids: tuple[list[int], list[int]]
     """Of the workers before and after."""
+    spares: tuple[list[int], list[int]]
+    """Of those that wait."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,13 +122,21 @@ def train(
         dtrain.Trainer(model_fn, num_workers=num_workers, threads_per_worker=1, run_name=name, **given) as trainer,
     ):
         trainer.evaluate(x[:8], y[:8], verbose=0)
-        before = [worker.pid for worker in trainer.workers]
+        before, waiting = [worker.pid for worker in trainer.workers], pids_of_spares(name)
         history = trainer.fit(
             x, y, batch_size=8, epochs=EPOCHS, validation_split=0.2, verbose=0, callbacks=[notes, stopping]
         )
         after = [worker.pid for worker in trainer.workers]
         optimizer = [variable.numpy() for variable in trainer.model.optimizer.variables]
-        return Outcome(history, trainer.get_weights(), optimizer, notes, (before, after))
+        spares = waiting, pids_of_spares(name)
+        return Outcome(history, trainer.get_weights(), optimizer, notes, (before, after), spares)
+
+
+def pids_of_spares(name: str) -> list[int]:
+    """Of the processes that were started as spares, whatever they are by now."""
+    actors = sorted(actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True))
+    spares = [actor for actor in actors if actor.startswith(f"dtrain:{name}:spare")]
+    return [ray.get(ray.get_actor(spare, namespace=NAMESPACE).where.remote()).pid for spare in spares]
 
 
 def steps_on_record(name: str) -> list[int]:
@@ -189,6 +201,14 @@ def test_of_three_two_may_die_at_once(undisturbed: Outcome) -> None:
     before, after = found.pids
     assert after[1] == before[1] and after[0] != before[0] and after[2] != before[2]
     assert steps_on_record("two-of-three") == list(range(EPOCHS * STEPS))
+
+
+def test_spares_take_the_places_of_the_dead_and_new_ones_wait(undisturbed: Outcome) -> None:
+    found = train("spared", kill(rank=1, step=13), kill(rank=0, step=21), spares=1)
+    assert_same_end(found, undisturbed)
+    (first,), (same, second, waiting) = found.spares
+    assert found.pids[1] == [second, first] and same == first
+    assert waiting not in (*found.pids[0], *found.pids[1])
 
 
 class NotesOfBatches(Notes):
