@@ -15,23 +15,29 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-EDITS_VERSION = "2"
+EDITS_VERSION = "3"
 
 
 @dataclass(frozen=True)
 class Edit:
-    """Replace `old`, which must stand exactly `count` times in `path`, by `new`."""
+    """Replace `old`, which must stand exactly `count` times in `path`, by `new`.
+
+    `former` is what an earlier version put there: uv builds again in the folder in which it has built before.
+    """
 
     path: str
     old: str
     new: str
     reason: str
     count: int = 1
+    former: str | None = None
 
     def apply(self, source: Path) -> None:
         file = source / self.path
         text = file.read_text()
-        if text.count(self.new) and not text.count(self.old):
+        if self.former is not None:
+            text = text.replace(self.former, self.old)
+        if self.new in text:
             return  # configured a second time in the same folder
         if text.count(self.old) != self.count:
             raise SystemExit(
@@ -40,6 +46,145 @@ class Edit:
             )
         file.write_text(text.replace(self.old, self.new))
 
+
+def _waking(path: str, old: str, new: str) -> Edit:
+    """One of the edits by which work wakes Horovod's background thread, without the line breaks around both texts."""
+    return Edit(
+        f"horovod/common/{path}",
+        old.strip("\n"),
+        new.strip("\n"),
+        "small steps wait for a thread that looks for work once a millisecond; idle ranks take a quarter of a core",
+    )
+
+
+WAKING = (
+    _waking("tensor_queue.h", "#include <iostream>", "#include <chrono>\n#include <iostream>"),
+    _waking(
+        "tensor_queue.h",
+        """
+class TensorQueue {
+public:
+""",
+        """
+// Tells the background thread that there is something to do; and waits until it is told, or for `limit`.
+void NotifyBackgroundThread();
+void WaitForNotice(std::chrono::steady_clock::duration limit);
+
+class TensorQueue {
+public:
+  bool HasTensors() const {
+    std::lock_guard<std::mutex> guard(mutex_);
+    return !tensor_table_.empty();
+  }
+""",
+    ),
+    _waking("tensor_queue.cc", "#include <assert.h>", "#include <assert.h>\n#include <condition_variable>"),
+    _waking(
+        "tensor_queue.cc",
+        """
+// Add a TensorTableEntry as well as its message to the queue.
+""",
+        """
+namespace {
+std::mutex notice_mutex;
+std::condition_variable notice;
+bool is_noticed = false;
+} // namespace
+
+void NotifyBackgroundThread() {
+  {
+    std::lock_guard<std::mutex> guard(notice_mutex);
+    is_noticed = true;
+  }
+  notice.notify_one();
+}
+
+void WaitForNotice(std::chrono::steady_clock::duration limit) {
+  std::unique_lock<std::mutex> lock(notice_mutex);
+  notice.wait_for(lock, limit, [] { return is_noticed; });
+  is_noticed = false;
+}
+
+// Add a TensorTableEntry as well as its message to the queue.
+""",
+    ),
+    _waking(
+        "tensor_queue.cc",
+        """
+  message_queue_.push(std::move(message));
+  return Status::OK();
+""",
+        """
+  message_queue_.push(std::move(message));
+  NotifyBackgroundThread();
+  return Status::OK();
+""",
+    ),
+    _waking(
+        "tensor_queue.cc",
+        """
+    message_queue_.push(std::move(messages[i]));
+  }
+""",
+        """
+    message_queue_.push(std::move(messages[i]));
+  }
+  NotifyBackgroundThread();
+""",
+    ),
+    _waking(
+        "operations.cc",
+        """
+    horovod_global.shut_down = true;
+    horovod_global.background_thread.join();
+""",
+        """
+    horovod_global.shut_down = true;
+    NotifyBackgroundThread();
+    horovod_global.background_thread.join();
+""",
+    ),
+    _waking(
+        "operations.cc",
+        """
+                            state.parameter_manager.CycleTimeMs() * 1000.)) -
+                        start_time;
+  if (sleep_duration > std::chrono::steady_clock::duration::zero()) {
+    std::this_thread::sleep_for(sleep_duration);
+  }
+""",
+        """
+                            (is_idle ? 100. : state.parameter_manager.CycleTimeMs()) * 1000.)) -
+                        start_time;
+  if (sleep_duration > std::chrono::steady_clock::duration::zero()) {
+    if (wakes) {
+      WaitForNotice(sleep_duration);
+    } else {
+      std::this_thread::sleep_for(sleep_duration);
+    }
+  }
+""",
+    ),
+    _waking(
+        "operations.cc",
+        """
+  // This delay determines thread frequency and communication message latency
+""",
+        """
+  // Without tensors the thread waits until there is one. It takes part in a cycle now and then all the same: the other
+  // ranks wait for its word in each, and would take a long silence for its death.
+  static const bool wakes = std::getenv("DTRAIN_STOCK_CYCLES") == nullptr;
+  bool is_idle = wakes;
+  for (auto id : state.process_set_table.Ids()) {
+    is_idle = is_idle && !state.process_set_table.Get(id).tensor_queue.HasTensors();
+  }
+  // This delay determines thread frequency and communication message latency
+""",
+    ),
+)
+"""Work wakes the background thread. DTRAIN_STOCK_CYCLES=1 in a worker's environment has it as it was."""
+
+_METADATA = r'"\"gpu_operations\": \"$ENV{{HOROVOD_GPU_OPERATIONS}}\",\n\"dtrain_edits\": \"{}\"\n}}"'
 
 EDITS = (
     Edit(
@@ -68,13 +213,12 @@ EDITS = (
         ),
         reason="a process set's own interface is empty, so every rank would advertise what its host name resolves to",
     ),
+    *WAKING,
     Edit(
         path="CMakeLists.txt",
         old=r'"\"dummy\": \"none\"\n}"',
-        new=(
-            r'"\"gpu_operations\": \"$ENV{HOROVOD_GPU_OPERATIONS}\",\n'
-            rf'\"dtrain_edits\": \"{EDITS_VERSION}\"\n}}"'
-        ),
+        new=_METADATA.format(EDITS_VERSION),
+        former=_METADATA.format("2"),
         reason="an installed Horovod says what it was built with",
     ),
 )

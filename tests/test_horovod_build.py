@@ -63,6 +63,12 @@ def test_an_edit_is_made_once_and_only_in_its_place(tmp_path: Path) -> None:
     assert file.read_text() == "before new after"
 
 
+def test_what_a_former_version_has_edited_is_edited_anew(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("before new 1 after")
+    Edit(path="a.txt", old="old", new="new 2", former="new 1", reason="a test").apply(tmp_path)
+    assert (tmp_path / "a.txt").read_text() == "before new 2 after"
+
+
 @pytest.mark.parametrize("text", ["nothing", "old old"])
 def test_an_edit_without_its_place_stops_the_build(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.txt").write_text(text)
@@ -72,22 +78,27 @@ def test_an_edit_without_its_place_stops_the_build(tmp_path: Path, text: str) ->
 
 def test_the_edits_are_made_at_the_configure_call_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "source"
+    olds, news = ({edit.path: [] for edit in EDITS} for _ in range(2))
     for edit in EDITS:
         (source / edit.path).parent.mkdir(parents=True, exist_ok=True)
-        (source / edit.path).write_text(edit.old)
+        olds[edit.path].append(edit.old)
+        news[edit.path].append(edit.new)
+    for path, parts in olds.items():
+        (source / path).write_text("\n\n".join(parts))
     calls: list[list[str]] = []
     monkeypatch.setattr(os, "execvp", lambda program, arguments: calls.append([program, *arguments]))
     monkeypatch.setattr(sys, "argv", ["cmake", "--build", "."])
     _horovod_cmake.main()
-    assert (source / EDITS[0].path).read_text() == EDITS[0].old
+    assert all((source / path).read_text() == "\n\n".join(parts) for path, parts in olds.items())
     monkeypatch.setattr(sys, "argv", ["cmake", str(source), "-DX=1"])
     _horovod_cmake.main()
-    assert all((source / edit.path).read_text() == edit.new for edit in EDITS)
+    assert all((source / path).read_text() == "\n\n".join(parts) for path, parts in news.items())
     assert calls == [
         ["cmake", "cmake", "--build", "."],
         ["cmake", "cmake", str(source), "-DX=1", "-DCMAKE_POLICY_VERSION_MINIMUM=3.5"],
     ]
     apply_edits(source)
+    assert all((source / path).read_text() == "\n\n".join(parts) for path, parts in news.items())
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -281,3 +292,18 @@ def library() -> Path:
     assert spec is not None and spec.origin is not None
     (library,) = (Path(spec.origin).parent / "tensorflow").glob("mpi_lib*.so")
     return library
+
+
+def _idle_share(collective: Any) -> float:
+    """What part of a core this rank takes while it has nothing to do."""
+    import time
+
+    collective.all_gather_json(0, "before")
+    started, used = time.perf_counter(), time.process_time()
+    time.sleep(2)
+    return (time.process_time() - used) / (time.perf_counter() - started)
+
+
+def test_a_rank_that_has_nothing_to_do_does_nothing(ranks: Any) -> None:
+    """A fifth of a core where Horovod's thread looks for work once a millisecond."""
+    assert max(ranks.run(2, _idle_share)) < 0.08
