@@ -29,8 +29,8 @@ setup: tools ## the locked environment in .venv, with Horovod built from its sou
 quickstart: setup ## train a small network on real digits on 2 workers (DATA=fashion-mnist: on 60,000 images)
 	$(RUN)/python examples/mnist.py --data $(DATA)
 
-test: setup ## the whole test suite
-	$(RUN)/pytest
+test: setup ## the whole test suite, two files of it at a time
+	$(RUN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: setup ## what is worth running after every change
 	$(RUN)/pytest -m "not slow"

@@ -15,14 +15,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-EDITS_VERSION = "3"
+EDITS_VERSION = "5"
 
 
 @dataclass(frozen=True)
 class Edit:
     """Replace `old`, which must stand exactly `count` times in `path`, by `new`.
 
-    `former` is what an earlier version put there: uv builds again in the folder in which it has built before.
+    `former` is what earlier versions put there: uv builds again in the folder in which it has built before.
     """
 
     path: str
@@ -30,13 +30,13 @@ class Edit:
     new: str
     reason: str
     count: int = 1
-    former: str | None = None
+    former: tuple[str, ...] = ()
 
     def apply(self, source: Path) -> None:
         file = source / self.path
         text = file.read_text()
-        if self.former is not None:
-            text = text.replace(self.former, self.old)
+        for former in self.former:
+            text = text.replace(former, self.old)
         if self.new in text:
             return  # configured a second time in the same folder
         if text.count(self.old) != self.count:
@@ -213,12 +213,24 @@ EDITS = (
         ),
         reason="a process set's own interface is empty, so every rank would advertise what its host name resolves to",
     ),
+    Edit(
+        path="horovod/common/gloo/gloo_context.cc",
+        old="void GlooContext::Finalize() {\n  if (!enabled_) {\n    return;\n  }\n\n",
+        new=(
+            "void GlooContext::Finalize() {\n"
+            "  // That of a process set is never enabled, and has connections all the same.\n"
+        ),
+        reason=(
+            "a process set's own context is never enabled, so its connections stayed open when a rank gave up, and"
+            " others waited for it until their timeout"
+        ),
+    ),
     *WAKING,
     Edit(
         path="CMakeLists.txt",
         old=r'"\"dummy\": \"none\"\n}"',
         new=_METADATA.format(EDITS_VERSION),
-        former=_METADATA.format("2"),
+        former=tuple(map(_METADATA.format, range(2, int(EDITS_VERSION)))),
         reason="an installed Horovod says what it was built with",
     ),
 )

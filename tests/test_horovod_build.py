@@ -65,7 +65,7 @@ def test_an_edit_is_made_once_and_only_in_its_place(tmp_path: Path) -> None:
 
 def test_what_a_former_version_has_edited_is_edited_anew(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("before new 1 after")
-    Edit(path="a.txt", old="old", new="new 2", former="new 1", reason="a test").apply(tmp_path)
+    Edit(path="a.txt", old="old", new="new 2", former=("new 1",), reason="a test").apply(tmp_path)
     assert (tmp_path / "a.txt").read_text() == "before new 2 after"
 
 
@@ -77,6 +77,7 @@ def test_an_edit_without_its_place_stops_the_build(tmp_path: Path, text: str) ->
 
 
 def test_the_edits_are_made_at_the_configure_call_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any(edit.new in edit.old for edit in EDITS)  # or it would seem to be made already
     source = tmp_path / "source"
     olds, news = ({edit.path: [] for edit in EDITS} for _ in range(2))
     for edit in EDITS:
