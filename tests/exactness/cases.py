@@ -58,7 +58,7 @@ SIZES = (
 )
 
 CORE = ("sgd_momentum", "adam", "sample_weight")
-"""Compared at all sizes, at N=2 and N=3 in both dtypes.
+"""Compared at all sizes, at N=2 and N=3, the first of them in both dtypes; with `--full` all of them.
 
 Float32 is measured by parts, too: the order of one or two rows may change no bit, while how many rows go into a matrix
 product decides which kernel computes it, and that in which order it adds.
@@ -150,6 +150,9 @@ MORE_FEATURES = (
     "sparse_as_dense",
     "skipped_steps",
     "metrics_of_top_k",
+    "losses_of_numbers",
+    "losses_of_classes",
+    "loss_ctc",
 )
 """Equal for any N as well; compared in float64 at N=2 or N=3, the rest with `--full`."""
 
@@ -174,8 +177,8 @@ Of the adversaries the second optimizer is built by the first step, and plain ru
 MIXED = ("mixed_float16", "mixed_bfloat16")
 """Layers that compute in half of float32's bits: partial sums are rounded on each rank."""
 
-FLOAT32_ONLY = ("metrics_of_top_k", "channels_first", *MIXED)
-"""What there is in float32 alone."""
+FLOAT32_ONLY = ("metrics_of_top_k", "channels_first", "loss_ctc", *MIXED)
+"""What there is in float32 alone; what CTC computes within is, too."""
 
 ONE_RANK_ONLY = ("batch_normalization", "dropout", *MIXED)
 """The stated exceptions of several ranks; at N=1 they are plain Keras, too."""
@@ -193,7 +196,7 @@ def combinations() -> list[tuple[int, str, str]]:
 def is_left_out(world_size: int, feature: str, dtype: str) -> bool:
     """Whether a combination runs with `--full` only."""
     if feature in CORE:
-        return False
+        return dtype == "float32" and feature != CORE[0]
     if dtype != ("float32" if feature in FLOAT32_ONLY else "float64"):
         return True
     if world_size == 1:

@@ -469,6 +469,61 @@ def circle() -> keras.Model:
     return model
 
 
+def positive_numbers(random: np.random.Generator, rows: int) -> Data:
+    x = random.normal(size=(rows, 5))
+    return x, {name: random.uniform(0.1, 3.0, size=(rows, 2)) for name in LOSSES_OF_NUMBERS}, None
+
+
+def probabilities(random: np.random.Generator, rows: int) -> Data:
+    x = random.normal(size=(rows, 5))
+    y: dict[str, Any] = {name: np.eye(3)[random.integers(0, 3, rows)] for name in LOSSES_OF_CLASSES}
+    return x, {**y, "generalized": random.integers(0, 3, rows)}, None
+
+
+def one_output_each(losses: Mapping[str, Callable[[], Any]], size: int, activation: str) -> keras.Model:
+    """A model with an output for each loss."""
+    x = keras.Input((5,))
+    hidden = layers.Dense(6, activation="tanh")(x)
+    outputs = {name: layers.Dense(size, activation=activation, name=name)(hidden) for name in losses}
+    model = keras.Model(x, outputs)
+    model.compile(keras.optimizers.SGD(0.01), {name: make() for name, make in losses.items()})
+    return model
+
+
+LOSSES_OF_NUMBERS: dict[str, Callable[[], Any]] = {
+    "squared": keras.losses.MeanSquaredError,
+    "absolute": keras.losses.MeanAbsoluteError,
+    "percentage": keras.losses.MeanAbsolutePercentageError,
+    "logarithmic": keras.losses.MeanSquaredLogarithmicError,
+    "huber": keras.losses.Huber,
+    "log_cosh": keras.losses.LogCosh,
+    "cosine": keras.losses.CosineSimilarity,
+    "poisson": keras.losses.Poisson,
+}
+LOSSES_OF_CLASSES: dict[str, Callable[[], Any]] = {
+    "categorical": partial(keras.losses.CategoricalCrossentropy, label_smoothing=0.1),
+    "focal": keras.losses.CategoricalFocalCrossentropy,
+    "generalized": keras.losses.CategoricalGeneralizedCrossEntropy,
+    "hinge_of_classes": keras.losses.CategoricalHinge,
+    "divergence": keras.losses.KLDivergence,
+    "binary": keras.losses.BinaryCrossentropy,
+    "binary_focal": partial(keras.losses.BinaryFocalCrossentropy, apply_class_balancing=True),
+    "hinge": keras.losses.Hinge,
+    "squared_hinge": keras.losses.SquaredHinge,
+}
+
+
+def ctc() -> keras.Model:
+    """Labels of 2 out of sequences of 6: how they are aligned is summed over, row by row."""
+    model = keras.Sequential([keras.Input((6,), dtype="int32"), layers.Embedding(9, 4), layers.Dense(5)])
+    model.compile(keras.optimizers.SGD(0.05), keras.losses.CTC())
+    return model
+
+
+def labelled_sequences(random: np.random.Generator, rows: int) -> Data:
+    return random.integers(1, 9, size=(rows, 6)), random.integers(1, 5, size=(rows, 2)), None
+
+
 # --- more custom steps
 
 
@@ -481,6 +536,7 @@ class Adversaries(keras.Model):
         self.critic = keras.Sequential([keras.Input((2,)), layers.Dense(4, activation="tanh"), layers.Dense(1)])
         self.generator_tracker = keras.metrics.Mean(name="generator_loss")
         self.critic_tracker = keras.metrics.Mean(name="critic_loss")
+        self.total = keras.metrics.Sum(name="total")
         self.built = True
 
     def compile(self, generator_optimizer: Any, critic_optimizer: Any) -> None:
@@ -511,7 +567,8 @@ class Adversaries(keras.Model):
         self.generator_optimizer.apply(tape.gradient(generator_loss, variables), variables)
         self.critic_tracker.update_state(critic_loss, sample_weight=rows)
         self.generator_tracker.update_state(generator_loss, sample_weight=rows)
-        return {metric.name: metric.result() for metric in (self.generator_tracker, self.critic_tracker)}
+        self.total.update_state(x)
+        return {metric.name: metric.result() for metric in (self.generator_tracker, self.critic_tracker, self.total)}
 
     def test_step(self, data: Any) -> Any:
         critic_loss, _ = self.losses_of(*data)
@@ -649,7 +706,21 @@ def metrics_of_decisions() -> keras.Model:
 
 def metrics_of_top_k() -> keras.Model:
     """TensorFlow finds the k largest in float32 alone."""
-    return adam(metrics=[keras.metrics.SparseTopKCategoricalAccuracy(2)])
+    x = keras.Input((5,))
+    hidden = layers.Dense(8, activation="tanh")(x)
+    model = keras.Model(x, {name: layers.Dense(3, activation="softmax", name=name)(hidden) for name in ("a", "b")})
+    metrics = {
+        "a": keras.metrics.SparseTopKCategoricalAccuracy(2),
+        "b": keras.metrics.TopKCategoricalAccuracy(2),
+    }
+    losses = {"a": "sparse_categorical_crossentropy", "b": "categorical_crossentropy"}
+    model.compile(adam_optimizer(), losses, metrics=metrics)
+    return model
+
+
+def two_kinds_of_labels(random: np.random.Generator, rows: int) -> Data:
+    x, y, _ = classes(random, rows)
+    return x, {"a": y, "b": np.eye(3)[y]}, None
 
 
 # --- optimizers
@@ -836,7 +907,10 @@ FEATURES: dict[str, Feature] = {
         for name, make in OPTIMIZERS.items()
     },
     "skipped_steps": Feature(skipped_steps, some_zeros),
-    "metrics_of_top_k": Feature(metrics_of_top_k, classes),
+    "metrics_of_top_k": Feature(metrics_of_top_k, two_kinds_of_labels),
+    "losses_of_numbers": Feature(partial(one_output_each, LOSSES_OF_NUMBERS, 2, "softplus"), positive_numbers),
+    "losses_of_classes": Feature(partial(one_output_each, LOSSES_OF_CLASSES, 3, "softmax"), probabilities),
+    "loss_ctc": Feature(ctc, labelled_sequences),
     "mixed_float32": Feature(mixed("float32"), classes),
     "mixed_float16": Feature(mixed("mixed_float16"), classes),
     "mixed_bfloat16": Feature(mixed("mixed_bfloat16"), classes),
