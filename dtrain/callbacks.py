@@ -68,6 +68,9 @@ class RankCallbacks:
         self._only_first = [callback for callback in callbacks if not runs_on_every_rank(callback)]
         own = [c for c in callbacks if collective.rank == 0 or runs_on_every_rank(c)]
         self._list = keras.callbacks.CallbackList(own, add_history, model=model, **params)
+        self._params = params
+        self.leads = collective.rank == 0
+        """Whether what is on rank 0 alone runs here."""
         self._given = callbacks
         self._half_done: tuple[Hook, list[Any]] | None = None  # and what it has assigned: not agreed upon yet
         self._owes_first = False  # of it, what runs on rank 0 alone
@@ -115,6 +118,13 @@ class RankCallbacks:
         self.completed = completed
         self._half_done = (half_done, []) if half_done is not None else None
         self._owes_first = half_done is not None and self._collective.rank == 0
+
+    def lead(self) -> None:
+        """Run here from now on what runs on rank 0 alone, which has died. All of them begin anew."""
+        every = [*self._given, self._model.history]
+        self._list = keras.callbacks.CallbackList(every, model=self._model, **self._params)
+        self.leads = True
+        self.call_here("on_train_begin")
 
     def make_up_for(self, hook: str, *args: Any, logs: Logs | None = None) -> None:
         """Call `hook` of what is on rank 0 alone: here the process that it was called in has died."""

@@ -140,6 +140,7 @@ class Checkpointer:
             self._has_failed(error)
             return
         manifest = replace(saving.manifest, step=step, position=position, metrics=metrics)
+        manifest = replace(manifest, world_size=len(self._group.workers))
         manifest = replace(manifest, extra={**manifest.extra, **extra})
         self._writing = _Writing(staging, manifest, self._group.submit("write_snapshot", key, staging, beside="files"))
 

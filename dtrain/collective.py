@@ -92,7 +92,7 @@ class HorovodCollective:
     """A place in a group of processes that Horovod joins over Gloo; the group may be formed anew around it.
 
     Until it has joined one, what the ranks would agree on is what this one says: so a newcomer gets ready alone, to
-    be what the others are.
+    be what the others are. One that is left alone is a group of one.
 
     Args:
         membership: this process's place.
@@ -123,11 +123,18 @@ class HorovodCollective:
         self._is_member = True
         self._take(membership)
 
+    def leave(self, membership: Membership) -> None:
+        """Leave the group that there was, to be in this place of another, which is yet to be formed."""
+        self.close()
+        self._take(membership)
+
     def _take(self, membership: Membership) -> None:
         self.rank = membership.rank
         self.world_size = membership.world_size
 
     def all_reduce(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        if self.world_size == 1:
+            return list(tensors)
         by_dtype: dict[tf.DType, list[int]] = defaultdict(list)
         for index, tensor in enumerate(tensors):
             by_dtype[tensor.dtype].append(index)
@@ -146,11 +153,15 @@ class HorovodCollective:
         return reduced
 
     def all_gather_slices(self, slices: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
+        if self.world_size == 1:
+            return slices
         values = self._hvd.allgather(slices.values, name=f"{name}.values", ignore_name_scope=True)
         indices = self._hvd.allgather(slices.indices, name=f"{name}.indices", ignore_name_scope=True)
         return tf.IndexedSlices(values, indices, dense_shape=slices.dense_shape)
 
     def all_gather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        if self.world_size == 1:
+            return tensor
         rows = tf.shape(tensor)[0]
         counts = self._hvd.allgather(rows[None], name=f"{name}.rows", ignore_name_scope=True)
         start = tf.reduce_sum(counts[: self.rank])

@@ -66,20 +66,25 @@ class FailureConfig:
     """What a fit survives.
 
     Attributes:
-        max_failures: how many deaths of workers in a row, without a newly finished step between them. New processes
-            take the dead ones' places; where none is left, a fit goes on from its newest checkpoint. What the user's
-            code raises ends a fit at once.
+        max_failures: how many deaths of workers in a row, without a newly finished step between them. Where no worker
+            is left, a fit goes on from its newest checkpoint. What the user's code raises ends a fit at once.
+        on_loss: "replace": new processes take the dead ones' places, with the same bits in the end as if nothing had
+            happened; "shrink": the others go on at once without them, on the same mini-batches, as close as sums in
+            another order are.
         hang_timeout: seconds without anything finished (a step, a callback, a mini-batch validated) after which the
             worker that keeps the others waiting counts as dead. A callback that takes longer needs more; None: a
             worker may take as long as it likes.
     """
 
     max_failures: int = 3
+    on_loss: Literal["replace", "shrink"] = "replace"
     hang_timeout: float | None = 60.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_failures, int) or isinstance(self.max_failures, bool) or self.max_failures < 0:
             raise ConfigError(f"max_failures={self.max_failures!r} must be a whole number, 0 or more")
+        if self.on_loss not in ("replace", "shrink"):
+            raise ConfigError(f"on_loss={self.on_loss!r} must be 'replace' or 'shrink'")
         timeout = self.hang_timeout
         is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
         if timeout is not None and not (is_number and 0 < timeout < math.inf):

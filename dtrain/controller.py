@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from dtrain import cluster
@@ -68,8 +68,8 @@ class Controller:
         tracker: told what they come to.
         display: shows it.
         interrupts: what ends it early.
-        recoveries: what a fit survives, and has survived.
-        hang_timeout: see `dtrain.FailureConfig`.
+        recoveries: what a fit has survived.
+        failure: what it survives, and how; None: it ends at the first failure.
         clock: seconds, monotonic.
     """
 
@@ -80,11 +80,12 @@ class Controller:
         display: Display,
         interrupts: Interrupts | None = None,
         recoveries: Recoveries | None = None,
-        hang_timeout: float | None = None,
+        failure: FailureConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._interrupts = interrupts or Interrupts()
-        self._recoveries = recoveries or Recoveries(FailureConfig(max_failures=0))
+        self._failure = failure or FailureConfig(max_failures=0, hang_timeout=None)
+        self._recoveries = recoveries or Recoveries(self._failure)
         self._group = group
         self._tracker = tracker
         self._display = display
@@ -97,7 +98,6 @@ class Controller:
         self._epoch_started = 0.0
         self._checkpointer: Checkpointer | None = None
         self._heartbeat: Heartbeat | None = None
-        self._hang_timeout = hang_timeout
 
     def fit(
         self,
@@ -191,7 +191,7 @@ class Controller:
         sampler = Sampler(steps, plan.initial_epoch) if isinstance(steps, BatchPlan) else None
         broken: GroupBroken | None = None
         is_due = False  # a checkpoint, after an epoch
-        self._heartbeat = Heartbeat(self._group.beats, self._hang_timeout or math.inf, self._clock)
+        self._heartbeat = Heartbeat(self._group.beats, self._failure.hang_timeout or math.inf, self._clock)
         while broken is not None or not self._is_over(plan, record):
             epoch = record.position.epoch
             num_steps = steps if isinstance(steps, int) else sampler.steps_in_epoch(epoch) if sampler else None
@@ -262,7 +262,7 @@ class Controller:
             self._display.expect(record.steps_per_epoch)
 
     def _go_on(self, broken: GroupBroken, plan: FitPlan, callbacks: bytes, record: FitRecord) -> None:
-        """Form the group anew, with new processes for the dead, from where the furthest of the others is.
+        """Form the group anew, with new processes for the dead or without, from where the furthest of the others is.
 
         Raises:
             WorkerDied: that is not to be; the group is closed.
@@ -271,12 +271,15 @@ class Controller:
         group = self._group
         try:
             dead, handover, behind = self._settle(broken, record)
-            if dead:
-                group.replace(dead, self._display.status)
-                lost = self._lost(record.position, is_first=0 in dead)
-                calls = group.submit("begin_fit", plan, callbacks, handover=handover, lost=lost, ranks=dead)
-                group.wait(calls, self._watch, ranks=dead)
-            group.wait(group.submit("catch_up", handover, ranks=behind), self._watch, ranks=behind)
+            if dead and self._failure.on_loss == "shrink":
+                self._shrink(dead, handover, record.position)
+            else:
+                if dead:
+                    group.replace(dead, self._display.status)
+                    lost = self._lost(record.position, is_first=0 in dead)
+                    calls = group.submit("begin_fit", plan, callbacks, handover=handover, lost=lost, ranks=dead)
+                    group.wait(calls, self._watch, ranks=dead)
+                group.wait(group.submit("catch_up", handover, ranks=behind), self._watch, ranks=behind)
             group.form()
         except BaseException:
             if not group.closed:
@@ -304,11 +307,13 @@ class Controller:
         ahead = standings[furthest]
         if ahead.segments > self._segments and ahead.result is not None:
             self._take_in([ahead.result], record)  # the last to finish it did not live to say so
-        self._recoveries.begin(broken.error, record.steps + ahead.steps)
-        self._display.note(f"{broken.error.message}: going on in place ({self._recoveries})")
         behind = [rank for rank in left if standings[rank].place < ahead.place]
         lost = [rank for rank in behind if not standings[rank].can_catch_up_with(ahead)]
         dead = sorted([*broken.dead, *lost])
+        num_left = len(group.workers) - (len(dead) if self._failure.on_loss == "shrink" else 0)
+        self._recoveries.begin(broken.error, record.steps + ahead.steps, num_left)
+        how = "in place" if num_left == len(group.workers) else f"with {num_left} of {len(group.workers)} workers"
+        self._display.note(f"{broken.error.message}: going on {how} ({self._recoveries})")
         (handover,) = group.submit("hand_over", ranks=[furthest])
         return dead, handover, [rank for rank in behind if rank not in lost]
 
@@ -323,6 +328,18 @@ class Controller:
         in_epoch = bool(last) and last[0].position.epoch == position.epoch and last[0].position.step > 0
         own = tuple(result.own for result in last) if in_epoch and all(result.own for result in last) else ()
         return Lost(own, list(last[0].callbacks) if last and is_first else [])
+
+    def _shrink(self, dead: Sequence[int], handover: Any, position: Position) -> None:
+        """Let those that live go on as a smaller group."""
+        group = self._group
+        told = self._lost(position, is_first=0 in dead)
+        lost = Lost(tuple(told.own[rank] for rank in dead) if told.own else (), told.callbacks)
+        group.shrink(dead)
+        group.wait(group.submit("resize", handover, lost), self._watch)
+        left = [result for rank, result in enumerate(self._last) if rank not in dead]
+        if left:  # what callbacks on rank 0 alone have told is the new one's
+            left[0] = replace(left[0], callbacks=self._last[0].callbacks)
+        self._last = left
 
     def _save(self, checkpointer: Checkpointer, record: FitRecord, **extra: Any) -> None:
         """Make a checkpoint, and wait for it."""
@@ -381,7 +398,7 @@ class Controller:
         for other, stack in self._group.stacks().items():
             self._display.print(f"rank {other} is here:\n{stack}")
         self._listen()
-        self._group.end(rank, f"it hung: {why} (hang_timeout={self._hang_timeout:g})")
+        self._group.end(rank, f"it hung: {why} (hang_timeout={self._failure.hang_timeout:g})")
 
     def _watch(self, is_last: bool = False) -> None:
         """Show how far rank 0 is and what it printed; the last time all of it, after an answer that was late."""

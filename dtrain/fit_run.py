@@ -161,7 +161,7 @@ class FitRun:
     def _fall_back(self, error: WorkerDied) -> None:
         """Get ready to go on from the newest checkpoint; raises the error where that is not to be."""
         record = self._record
-        self._recoveries.begin(error, record.steps)
+        self._recoveries.begin(error, record.steps, self._trainer.num_workers)
         finished = record.steps
         if self._folder is not None and self._folder.checkpoints.latest() is not None:
             self._goes_on = True
@@ -196,8 +196,7 @@ class FitRun:
             self._model = group.description
             self._announce(changed)
         trainer.weights_change()
-        hang_timeout = trainer.failure.hang_timeout
-        Controller(group, self._tracker, self._display, trainer.interrupts, self._recoveries, hang_timeout).fit(
+        Controller(group, self._tracker, self._display, trainer.interrupts, self._recoveries, trainer.failure).fit(
             plan,
             opened.plan or opened.steps_per_epoch,
             pickled_hooks(callbacks, self._verbose),

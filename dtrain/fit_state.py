@@ -177,7 +177,8 @@ class Lost:
     """Of what ranks that died knew alone, what they have told with their last segment.
 
     Attributes:
-        own: every rank's own, in rank order, if it was told in this epoch; those that live on keep what they have.
+        own: what each rank alone had, if it was told in this epoch: where new ones take the places of the dead of every
+            rank, in rank order (those that live on keep what they have), else of the dead.
         callbacks: where rank 0 died, the states of the callbacks that ran there alone; None in the others' places.
     """
 
@@ -186,10 +187,12 @@ class Lost:
 
     def completed(self, fit: SavedFit) -> SavedFit:
         """What a rank that lives has handed over, with that in it."""
-        callbacks = fit.callbacks
-        if self.callbacks:
-            callbacks = [first or state for first, state in zip(self.callbacks, callbacks, strict=True)]
-        return replace(fit, own=self.own, callbacks=callbacks)
+        return replace(fit, own=self.own, callbacks=self.with_callbacks_of(fit))
+
+    def with_callbacks_of(self, fit: SavedFit) -> CallbackStates:
+        """The states of all callbacks: those of a rank that lives where the dead ones have told none."""
+        told = self.callbacks or [None] * len(fit.callbacks)
+        return [first or state for first, state in zip(told, fit.callbacks, strict=True)]
 
 
 def write(snapshot: Snapshot, staging: Staging, rank: int) -> tuple[FileRecord, ...]:

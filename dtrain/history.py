@@ -19,6 +19,7 @@ class Recovery:
         cause: what happened to it.
         seconds: until steps were trained again.
         steps_redone: steps that had been finished and were trained again.
+        num_workers: how many went on.
     """
 
     time: str
@@ -27,6 +28,7 @@ class Recovery:
     cause: str
     seconds: float
     steps_redone: int
+    num_workers: int
 
 
 @dataclass(frozen=True)

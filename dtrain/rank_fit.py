@@ -28,12 +28,12 @@ from dtrain.collective import is_lost_peer
 from dtrain.data.loader import Chunk, Feed
 from dtrain.data.stream import StreamLoader
 from dtrain.errors import LostPeer
-from dtrain.fit_state import Handover, Part, SavedFit, Snapshot, Standing
+from dtrain.fit_state import Handover, Lost, Part, SavedFit, Snapshot, Standing
 from dtrain.metrics import last_of
 from dtrain.model import check_state, learning_rate, optimizers_of, write_state
 from dtrain.optimizer import sums_locally
-from dtrain.rank_state import check_own, read_own, write_own
-from dtrain.types import BETWEEN_SEGMENTS, Array, EpochEnd, FitPlan, Logs, Position, Progress, Segment, SegmentResult
+from dtrain.rank_state import add_own, check_own, read_own, write_own
+from dtrain.types import Array, EpochEnd, FitPlan, Logs, Position, Progress, Segment, SegmentResult
 
 if TYPE_CHECKING:
     from dtrain.replica import Replica
@@ -263,7 +263,6 @@ class RankFit:
         )
         self._part = None
         self._segments += 1
-        self._replica.beat(BETWEEN_SEGMENTS)
         return self._result
 
     def _end_epoch(self, part: _Part, epoch: int) -> EpochEnd:
@@ -381,11 +380,46 @@ class RankFit:
         part = handover.part
         if isinstance(self._validation, StreamLoader) and part is not None and part.validation is not None:
             self._validation.skip_passes(1)
+        self._take_over_callbacks(handover)
+        self.catch_up(handover)
+
+    def _take_over_callbacks(self, handover: Handover) -> None:
+        part = handover.part
         begun_since = handover.has_begun and part is not None and part.segment.position.step == 0
-        if self._collective.rank == 0 and begun_since:  # in a process whose callbacks' state is lost from there on
+        if self._callbacks.leads and begun_since:  # in a process whose callbacks' state is lost from there on
             self._callbacks.make_up_for("on_epoch_begin", self._position.epoch)
         self._callbacks.take_over(handover.half_done, handover.hooks)
+
+    def resize(self, handover: Handover, lost: Lost) -> None:
+        """Be where the rank is that hands over, in a group of another size; the collective knows its place there.
+
+        Args:
+            handover: of that rank.
+            lost: of the ranks that are no more.
+        """
+        rank, world_size = self._collective.rank, self._collective.world_size
+        self._replica.resize()
+        for feed in (self._feed, self._validation):
+            if feed is not None:
+                feed.deal(rank, world_size)
+        if rank == 0 and not self._callbacks.leads:
+            self._lead(handover, lost)
         self.catch_up(handover)
+        if rank == 0:
+            added = add_own(self._replica.metrics, lost.own)
+            for states in self._part.states if self._part is not None else ():
+                for state, more in zip(states, added, strict=True):
+                    state += more  # after each step
+
+    def _lead(self, handover: Handover, lost: Lost) -> None:
+        """Run here what ran on rank 0 alone, with the states that it has told."""
+        states, notes = matched(self._callbacks.with_state(), lost.with_callbacks_of(handover.fit))
+        for note in notes:
+            print(note)
+        prepare_resume(self._callbacks.with_state(), states)
+        self._callbacks.lead()
+        restore_states(self._callbacks.with_state(), states)
+        self._take_over_callbacks(handover)
 
     def catch_up(self, handover: Handover) -> None:
         """Make the update that the rank that hands over is ahead by (see `Standing.can_catch_up_with`)."""

@@ -57,6 +57,18 @@ def write_own(
         _seed(every[rank])
 
 
+def add_own(metrics: MetricState, every: Sequence[Own]) -> list[Array]:
+    """Add what ranks that are no more had of the metrics' sums to this rank's; what was added, variable by variable."""
+    added = []
+    for index, variable in enumerate(metrics.variables):
+        values = [own[f"metric/{index:06d}"] for own in every] if variable.aggregation == "sum" else []
+        added.append(
+            np.sum(values, axis=0, dtype=variable.dtype) if values else np.zeros(variable.shape, variable.dtype)
+        )
+        variable.assign_add(added[-1])
+    return added
+
+
 def check_own(model: keras.Model, metrics: MetricState, every: Sequence[Own], in_epoch: bool) -> None:
     """Refuse what `write_own` would refuse.
 

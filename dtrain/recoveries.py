@@ -35,8 +35,10 @@ class Recoveries:
         self._is_over = False
         self._current: tuple[Recovery, float] | None = None  # and when it was noticed
 
-    def begin(self, error: WorkerDied, steps: int) -> None:
+    def begin(self, error: WorkerDied, steps: int, num_workers: int) -> None:
         """Note a failure after so many finished steps, those included that are not taken in yet.
+
+        So many workers are to go on.
 
         Raises:
             WorkerDied: it is one too many.
@@ -50,7 +52,7 @@ class Recoveries:
             self._is_over = True
             raise self.last_word(error)
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._current = Recovery(now, error.rank, error.host, error.message, 0.0, 0), self._clock()
+        self._current = Recovery(now, error.rank, error.host, error.message, 0.0, 0, num_workers), self._clock()
 
     def last_word(self, error: WorkerDied) -> WorkerDied:
         """The error that ends the fit: where it was not the first, with how many there were and where."""

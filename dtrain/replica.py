@@ -6,6 +6,7 @@ It runs in a Ray actor or in a plain process alike, knows nothing of Ray or MLfl
 its Collective alone. All ranks make the same calls in the same order.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,6 +108,10 @@ class Replica:
         self._beats += 1
         self._doing = doing
 
+    def rest(self) -> None:
+        """Whatever became of the last call, this rank waits for the next."""
+        self.beat(BETWEEN_SEGMENTS)
+
     def heartbeat(self) -> Beat:
         """What this rank does; for another thread to ask while it does it."""
         waits = self._doing in (IN_STEP, BETWEEN_SEGMENTS) or self.collective.is_waiting
@@ -142,15 +147,23 @@ class Replica:
         if lacks_loss:
             build(self.model, keras_batch(batch))
             self.metrics = MetricState(self.model)
-            self._steps = {
-                kind: Steps(self.model, self.collective, self.metrics, kind, self._sparse_as_dense)
-                for kind in ("train", "test")
-            }
+            self._steps = self._new_steps()
             probed = [steps.probe(batch) for steps in self._steps.values()]
             if any(probed):
                 self._waiting = write_state(self.model, self._waiting)
                 self._take_over()  # what only the model's own step has built
         return True
+
+    def _new_steps(self) -> dict[Kind, Steps]:
+        kinds: tuple[Kind, ...] = ("train", "test")
+        return {kind: Steps(self.model, self.collective, self.metrics, kind, self._sparse_as_dense) for kind in kinds}
+
+    def resize(self) -> None:
+        """The group has another size, or this rank another number: the steps are to be traced anew."""
+        before, self._steps = self._steps, self._new_steps()
+        for kind, steps in self._steps.items():
+            steps.knowledge = before[kind].knowledge
+        self._called.clear()
 
     def read_state(self, alone: bool = False) -> State:
         """The job's state, on rank 0; the others' may be parts of it.
@@ -444,7 +457,7 @@ class Replica:
         return self._steps[kind].nested(logs)
 
     def batch_hooks(self, kind: Kind, callbacks: RankCallbacks) -> BatchHooks:
-        nested = self._steps[kind].nested
+        nested = functools.partial(self.nested, kind)
         return BatchHooks(kind, callbacks, self.model.steps_per_execution, self.global_logs, nested)
 
     def global_logs(

@@ -144,6 +144,8 @@ class Trainer:
         if failure is not None and not isinstance(failure, FailureConfig):
             raise ConfigError(f"failure={failure!r} must be a dtrain.FailureConfig, or None")
         self.failure = failure or FailureConfig()
+        if self.spares and self.failure.on_loss == "shrink":
+            raise ConfigError(f"spares={spares} contradicts on_loss='shrink', which replaces nobody; leave out one")
         self.model_fn, self.config = model_fn, config
         self.deterministic = not use_gpu if deterministic is None else deterministic
         self.sync_batch_norm, self.sparse_as_dense = bool(sync_batch_norm), bool(sparse_as_dense)
@@ -515,7 +517,7 @@ class Trainer:
                 try:
                     return self._pass_once(task, plan, data, hooks, verbose, display)
                 except WorkerDied as error:
-                    recoveries.begin(error, 0)
+                    recoveries.begin(error, 0, self.num_workers)
                     if not self._weights.outlive(self._group):
                         raise
                     display.note(f"{error.message}: beginning {task} again with new workers ({recoveries})")

@@ -128,6 +128,12 @@ class Worker:
             self._collective = StruckCollective(self._collective, self._strikes)
 
     @_reported
+    def renumber(self, membership: Membership) -> None:
+        """Be another rank, of a group of another size that is yet to form."""
+        self._rank = membership.rank
+        self._collective.leave(membership)
+
+    @_reported
     def join(self, membership: Membership, rendezvous: str, interface: str | None, timeout: float) -> None:
         """Form the group with the others; again when it broke. `interface` None: the one with this node's address."""
         if membership.world_size > 1:
@@ -211,7 +217,10 @@ class Worker:
     @_reported
     def run(self, segment: Segment) -> SegmentResult:
         """Train a segment; of several ranks, the first tells the logs, and all of them what each alone has."""
-        result: SegmentResult = self._replica.run(segment)
+        try:
+            result: SegmentResult = self._replica.run(segment)
+        finally:
+            self._replica.rest()
         return result if self._rank == 0 else replace(result, step_logs={})
 
     @_reported
@@ -230,9 +239,18 @@ class Worker:
         self._replica.fit.catch_up(handover)
 
     @_reported
+    def resize(self, handover: Any, lost: Any) -> None:
+        """After `renumber`: see `dtrain.rank_fit.RankFit.resize`."""
+        _raise_failure(handover)
+        self._replica.fit.resize(handover, lost)
+
+    @_reported
     def go_on(self) -> SegmentResult | None:
         """In the new group, finish what there is of the segment that was interrupted."""
-        result: SegmentResult | None = self._replica.fit.go_on()
+        try:
+            result: SegmentResult | None = self._replica.fit.go_on()
+        finally:
+            self._replica.rest()
         return result
 
     @_reported

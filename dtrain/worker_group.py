@@ -33,7 +33,7 @@ from dtrain.faults import FaultPlan
 from dtrain.interrupts import Interrupts
 from dtrain.rendezvous import RendezvousServer, Scope, assign
 from dtrain.spares import Spares
-from dtrain.types import Array, Beat, Failure, ModelDescription, Progress, WorkerInfo, WorkerSettings
+from dtrain.types import Array, Beat, Failure, Membership, ModelDescription, Progress, WorkerInfo, WorkerSettings
 from dtrain.worker import NO_RANK, Worker
 
 log = logging.getLogger("dtrain")
@@ -184,6 +184,26 @@ class WorkerGroup:
         status(f"getting {names} ready")
         for method, *args in self._told.values():
             self.wait(self.submit(method, *args, ranks=dead), ranks=dead)
+
+    def shrink(self, dead: Sequence[int]) -> None:
+        """Go on without the dead: those that live are numbered anew, in their order, and are in no group until `form`.
+
+        The room of the dead stays reserved.
+        """
+        left = [rank for rank in range(len(self._actors)) if rank not in dead]
+        for rank in dead:
+            ray.kill(self._actors[rank], no_restart=True)  # or one that is only silent would go on
+        self._actors = [self._actors[rank] for rank in left]
+        self._bundles = [self._bundles[rank] for rank in left]
+        self.workers = tuple(replace(self.workers[old], rank=new) for new, old in enumerate(left))
+        self._late_polls = {new: self._late_polls[old] for new, old in enumerate(left) if old in self._late_polls}
+        self._beats.clear()
+        self._ended.clear()
+        calls = [
+            actor.renumber.remote(membership)
+            for actor, membership in zip(self._actors, self._memberships(), strict=True)
+        ]
+        self.wait(calls)
 
     def call(self, method: str, *args: Any, watch: Callable[[bool], None] = lambda _: None) -> list[Any]:
         """Call a method on every worker and wait for all.
@@ -428,13 +448,17 @@ class WorkerGroup:
 
     def _take_places(self, ranks: Sequence[int]) -> None:
         """Tell these ranks who they are, and what a test has planned for them."""
-        memberships = assign([worker.node_id for worker in self.workers], self._generation)
+        memberships = self._memberships()
         plan = FaultPlan.current
         calls = [
             self._actors[rank].take_place.remote(memberships[rank], plan.of_next_life(rank) if plan else ())
             for rank in ranks
         ]
         self.wait(calls, ranks=ranks)
+
+    def _memberships(self) -> list[Membership]:
+        """Each rank's place in the group that forms next."""
+        return assign([worker.node_id for worker in self.workers], self._generation)
 
     def _start_spares(self) -> None:
         """Let there be as many as there were asked for, in the bundles that no rank has."""
@@ -460,7 +484,7 @@ class WorkerGroup:
         interface = "lo" if on_one_node else None
         calls = [
             actor.join.remote(membership, scope.address, interface, self.spec.timeout)
-            for actor, membership in zip(self._actors, assign(nodes, self._generation), strict=True)
+            for actor, membership in zip(self._actors, self._memberships(), strict=True)
         ]
         self._generation += 1
         self.wait(calls)
@@ -473,7 +497,7 @@ class WorkerGroup:
         if failure.cause is not None and not failure.lost_peer:
             return failure.cause
         host = self.workers[rank].host if self.workers else None
-        others = sorted(set(range(self.spec.num_workers)) - {rank}) if are_stopped else []
+        others = sorted(set(range(len(self._actors))) - {rank}) if are_stopped else []
         stopped = f"; rank {others[0]} was stopped" if len(others) == 1 else ""
         if len(others) > 1:
             stopped = f"; ranks {', '.join(map(str, others))} were stopped"

@@ -17,7 +17,7 @@ class Clock:
 def test_a_recovery_ends_with_a_new_step_and_not_with_one_that_was_finished_before() -> None:
     clock, told = Clock(), []
     recoveries = Recoveries(FailureConfig(), lambda: told.append(len(recoveries.done)), clock)
-    recoveries.begin(WorkerDied("rank 1 died", 1, "here"), 7)
+    recoveries.begin(WorkerDied("rank 1 died", 1, "here"), 7, 2)
     recoveries.settle(5)
     recoveries.settle(7)  # the rest of what was finished when it died
     assert recoveries.done == [] and told == []
@@ -33,11 +33,11 @@ def test_failures_count_in_a_row_until_a_step_is_new() -> None:
     error = WorkerDied("rank 1 died", 1, "here")
     recoveries = Recoveries(FailureConfig(max_failures=2))
     for steps in (7, 7, 8, 8):  # the third has trained a step more
-        recoveries.begin(error, steps)
+        recoveries.begin(error, steps, 2)
         recoveries.redo(4)
     assert [recovery.steps_redone for recovery in recoveries.done] == [4, 4, 4]
     with pytest.raises(WorkerDied, match="rank 1 died; that was failure 3 in a row, after 8 steps") as caught:
-        recoveries.begin(error, 8)
+        recoveries.begin(error, 8, 2)
     assert (caught.value.rank, caught.value.host) == (1, "here")
     with pytest.raises(WorkerDied, match="failure 3 in a row"):
-        recoveries.begin(caught.value, 8)  # said once more, counted once
+        recoveries.begin(caught.value, 8, 2)  # said once more, counted once

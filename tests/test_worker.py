@@ -5,6 +5,10 @@ import numpy as np
 import pytest
 
 from dtrain import worker
+from dtrain.collective import LocalCollective
+from dtrain.errors import LostPeer
+from dtrain.replica import Replica
+from dtrain.types import Failure, Position, Segment
 
 
 def test_a_layer_that_only_gpus_compute_in_channels_first_is_reported_with_the_fix() -> None:
@@ -29,3 +33,17 @@ def test_a_layer_that_only_gpus_compute_in_channels_first_is_reported_with_the_f
 )
 def test_the_fix_is_told_for_what_tensorflow_says_of_channels_first_alone(message: str, is_that: bool) -> None:
     assert ("channels_last" in worker._failure(ValueError(message)).error) == is_that
+
+
+def test_a_rank_whose_call_has_ended_in_an_error_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would be to blame where another one waits for what has died."""
+    own = worker.Worker("run", 0)
+    replica = own._replica = Replica(keras.Sequential([keras.layers.Dense(1)]), LocalCollective())
+
+    def run(segment: Segment) -> None:
+        replica.beat("reading data")
+        raise LostPeer("the others are gone")
+
+    monkeypatch.setattr(replica, "run", run)
+    assert isinstance(own.run(Segment(Position(0, 0), 1)), Failure)
+    assert own.heartbeat().waits

@@ -64,6 +64,9 @@ class Feed(Protocol):
     def one_pass(self, steps_per_chunk: int) -> Iterator[Chunk]:
         """The chunks of a whole pass, to evaluate or to predict."""
 
+    def deal(self, rank: int, world_size: int) -> None:
+        """Be fed as this rank of so many from the next chunks on."""
+
     def close(self) -> None:
         """End what runs in the background."""
 
@@ -96,12 +99,9 @@ class Loader:
     ) -> None:
         self.source = source
         self.sampler = Sampler(plan, first_epoch)
-        self.rank = rank
-        self.world_size = world_size
         self.convert = convert
         self.prefetch = prefetch
-        if isinstance(source, Blocked):
-            source.keep(self.sampler.open_blocks(world_size, rank))
+        self.deal(rank, world_size)
 
     @property
     def plan(self) -> BatchPlan:
@@ -121,6 +121,12 @@ class Loader:
     def one_pass(self, steps_per_chunk: int) -> Iterator[Chunk]:
         first_epoch = self.sampler.first_epoch
         return self.chunks(first_epoch, 0, self.steps_in_epoch(first_epoch), steps_per_chunk)
+
+    def deal(self, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        if isinstance(self.source, Blocked):
+            self.source.keep(self.sampler.open_blocks(world_size, rank))
 
     def close(self) -> None: ...
 

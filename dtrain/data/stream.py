@@ -253,6 +253,12 @@ class StreamLoader:
         self._is_new = False
         self._start()
 
+    def deal(self, rank: int, world_size: int) -> None:
+        """What was read ahead is of another split: the input is read again up to where it stands."""
+        self.rank, self.world_size = rank, world_size
+        self._close_reader()
+        self._position = None
+
     def close(self) -> None:
         """End the background thread."""
         self._close_reader()
