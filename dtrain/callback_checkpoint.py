@@ -77,10 +77,10 @@ def matched(
         if state is not None:
             left = [other for other in left if other is not state]
         elif parts:
-            notes.append(f"{kind} begins anew: the checkpoint has no state of it")
+            notes.append(f"{kind} begins anew: no state of it was saved")
         elif not _is_keras(type(callback)):
             notes.append(f"{kind} begins anew: it offers no get_state and set_state")
-    notes += [f"the checkpoint has the state of a {state.kind}, which is no callback of this fit" for state in left]
+    notes += [f"the state of a {state.kind} was saved, which is no callback of this fit" for state in left]
     return found, list(dict.fromkeys(notes))
 
 

@@ -17,7 +17,7 @@ from dtrain.checkpointer import Saving
 from dtrain.controller import Controller, FitRecord
 from dtrain.data.source import keras_batch
 from dtrain.description import describe_run, versions
-from dtrain.errors import ConfigError, TakenOver, WorkerDied
+from dtrain.errors import CheckpointError, ConfigError, TakenOver, WorkerDied
 from dtrain.fit_state import SavedFit, history_of, read
 from dtrain.history import History
 from dtrain.lease import Lease
@@ -236,6 +236,12 @@ class FitRun:
         self._finish("FINISHED")
 
     def _finish(self, status: Status, error: str | None = None) -> None:
+        """Put on record how it ended.
+
+        Raises:
+            TakenOver: the record is another driver's by now.
+        """
+        self._check_lease()
         if self._record.checkpoint is not None:
             self._trainer.keep_for_fall_back(self._record.checkpoint.url)
         if status != "FINISHED" and self._model is None:
@@ -247,6 +253,16 @@ class FitRun:
                 self._tell_ray(self._tracker.run_id)  # again: Ray writes the job's state over it at times
         finally:
             self._write_info(status.lower())
+
+    def _check_lease(self) -> None:
+        """Raises TakenOver where the run is known to be another's."""
+        if self._lease is not None:
+            try:
+                self._lease.check()
+            except TakenOver:
+                raise
+            except CheckpointError:  # nobody can say
+                return
 
     def _announce(self, changed: Sequence[str]) -> None:
         """What the user is told before the first step: the run, and in what it is not as one would expect."""

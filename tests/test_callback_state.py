@@ -213,10 +213,10 @@ def test_states_find_their_callbacks_in_any_order_and_what_is_left_is_told() -> 
     found, notes = matched(given, states)
     assert found == [states[1], None, states[0], states[2], None, None]
     assert notes == [
-        "keras.callbacks.ReduceLROnPlateau begins anew: the checkpoint has no state of it",
-        "A begins anew: the checkpoint has no state of it",  # which offers more now
+        "keras.callbacks.ReduceLROnPlateau begins anew: no state of it was saved",
+        "A begins anew: no state of it was saved",  # which offers more now
         "Keeps begins anew: it offers no get_state and set_state",
-        "the checkpoint has the state of a A, which is no callback of this fit",
+        "the state of a A was saved, which is no callback of this fit",
     ]
 
 

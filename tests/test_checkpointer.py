@@ -23,9 +23,10 @@ from dtrain.checkpoint import MANIFEST, CheckpointStore, Manifest
 from dtrain.checkpointer import Checkpointer, Saving
 from dtrain.config import CheckpointConfig
 from dtrain.controller import Controller, FitRecord
-from dtrain.errors import CheckpointError, TakenOver
+from dtrain.errors import CheckpointError, TakenOver, WorkerError
 from dtrain.lease import Lease
 from dtrain.progress import ProgressBar
+from dtrain.runs import list_runs
 from dtrain.storage import Folder
 from dtrain.tracking import NullTracker
 from dtrain.types import BatchPlan, FitPlan, Position
@@ -113,6 +114,26 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_nothing(
         "no checkpoint was made, training goes on (the newest one: none yet): the disk is full",
         f"checkpoints can be written again: {store.url}/step-000000004",
     ]
+
+
+def test_a_driver_that_was_taken_over_says_nothing_of_how_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.0)
+    root = f"memory://{uuid.uuid4().hex}"
+
+    def take_over_and_fail(method: str) -> None:
+        if method == "end_fit":
+            others.enter_context(Lease.acquire(f"{root}/taken", lambda: time.time() + 100, lambda _: None))
+            raise WorkerError("no checkpoint is made from here on")
+
+    trainer = dtrain.Trainer(make_classifier, storage_path=root, run_name="taken", tracking=False)
+    played.by(played.Workers(trainer.interrupts, take_over_and_fail), monkeypatch)
+    with contextlib.ExitStack() as others:
+        with pytest.raises(TakenOver, match="was taken over by process"):
+            trainer.fit(*blobs(8), verbose=0)
+        assert [run.state for run in list_runs(root)] == ["running"]
 
 
 @pytest.mark.parametrize(
