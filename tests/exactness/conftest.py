@@ -70,10 +70,9 @@ class Lab:
         return made
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def lab(ranks: Ranks, request: pytest.FixtureRequest) -> Lab:
-    here = [item for item in request.session.items if item.path == request.path]
-    calls = [item.callspec.params for item in here if hasattr(item, "callspec")]
+    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     wanted: list[tuple[str, str, str]] = []
     for call in calls:
         if {"feature", "dtype"} <= set(call):
