@@ -8,7 +8,7 @@ DATA ?= mnist
 # To compile TensorFlow's Python takes three times as long as to import it: only the first process is to do it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup quickstart test test-fast check soak bench-checkpoint clean
+.PHONY: help setup quickstart test test-fast check soak bench-checkpoint bench-recovery clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,8 +29,8 @@ setup: tools ## the locked environment in .venv, with Horovod built from its sou
 quickstart: setup ## train a small network on real digits on 2 workers (DATA=fashion-mnist: on 60,000 images)
 	$(RUN)/python examples/mnist.py --data $(DATA)
 
-test: setup ## the whole test suite, two files of it at a time
-	$(RUN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: setup ## the whole test suite
+	$(RUN)/pytest
 
 test-fast: setup ## what is worth running after every change
 	$(RUN)/pytest -m "not slow"
@@ -46,6 +46,9 @@ soak: setup ## kill training runs 50 times, and see that they end as if nobody h
 
 bench-checkpoint: setup ## what checkpoints in the background, and deterministic=True, cost (about 5 minutes)
 	$(RUN)/python benchmarks/checkpoint_cost.py
+
+bench-recovery: setup ## how long the death of a worker holds up a fit, in each way to go on (about 6 minutes)
+	$(RUN)/python benchmarks/recovery.py
 
 clean: ## what building and running left here
 	rm -rf .venv .tools .mypy_cache .pytest_cache .ruff_cache dtrain_runs

@@ -17,6 +17,7 @@ from dtrain.checkpoint import Checkpoint
 from dtrain.checkpointer import Checkpointer, Saving
 from dtrain.config import FailureConfig
 from dtrain.data.sampler import Sampler
+from dtrain.errors import NotFinite
 from dtrain.fit_state import Lost, SavedFit, Standing
 from dtrain.heartbeat import Heartbeat
 from dtrain.interrupts import Interrupts
@@ -357,6 +358,8 @@ class Controller:
     def _take_in(self, answers: Sequence[SegmentResult], record: FitRecord) -> SegmentResult:
         """What the ranks returned of a segment."""
         result, rate = answers[0], None
+        if self._failure.on_nan == "stop" and not result.stop and not math.isfinite(result.logs.get("loss", 0.0)):
+            self._end_with_what_is_not_finite(answers, record.steps)
         step = record.position.step + result.num_steps
         if result.num_steps:
             self._recoveries.settle(record.steps + result.num_steps)
@@ -381,6 +384,26 @@ class Controller:
         if result.epoch_end is not None:
             self._end_epoch(result.epoch_end, self._clock() - self._epoch_started, record)
         return result
+
+    def _end_with_what_is_not_finite(self, answers: Sequence[SegmentResult], steps: int) -> None:
+        """End the fit, `steps` before the segment; the weights are lost, so nobody is asked for them.
+
+        Raises:
+            NotFinite: always.
+        """
+        found = {rank: answer.not_finite_from for rank, answer in enumerate(answers)}
+        first = min((step for step in found.values() if step is not None), default=answers[0].num_steps - 1)
+        ranks = [rank for rank, step in found.items() if step == first]
+        workers = self._group.workers
+        where = ", ".join(f"rank {rank} on {workers[rank].host}" for rank in ranks) or "all ranks"
+        self._group.close()
+        raise NotFinite(
+            f"the loss is {answers[0].logs['loss']} from step {steps + first} of the run on, first on {where}: a"
+            " smaller learning rate, clipnorm in the optimizer, or a look at that step's data may help;"
+            " FailureConfig(on_nan='ignore') trains on",
+            ranks[0] if ranks else None,
+            workers[ranks[0]].host if ranks else None,
+        )
 
     def _end_epoch(self, end: EpochEnd, seconds: float, record: FitRecord) -> None:
         record.epochs.append(end.epoch)

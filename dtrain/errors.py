@@ -4,6 +4,7 @@
     ├── ConfigError       an argument or a setting is wrong; nothing was started (also a ValueError)
     ├── DataError         the data cannot be used as given (also a ValueError)
     ├── WorkerError       a worker died or raised; carries rank, host and the remote traceback
+    │   ├── NotFinite     the loss is NaN or infinite; carries the first rank on which it was
     │   └── WorkerDied    its process ended, or could not be reached: not the user's code raised
     ├── CheckpointError   a checkpoint is missing, damaged or of another model
     │   └── TakenOver     another driver trains the run by now
@@ -69,6 +70,10 @@ class WorkerError(DtrainError):
         if not self.remote_traceback:
             return self.message
         return f"{self.remote_traceback.rstrip()}\n\n{self.message}"
+
+
+class NotFinite(WorkerError):
+    """The loss became NaN or infinite, and `FailureConfig(on_nan="stop")` holds."""
 
 
 class WorkerDied(WorkerError):

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from dtrain.callback_checkpoint import CallbackState
 from dtrain.checkpoint import MODEL_FILE, FileRecord, LoadedCheckpoint, Staging
 from dtrain.errors import CheckpointError
@@ -203,6 +205,7 @@ def write(snapshot: Snapshot, staging: Staging, rank: int) -> tuple[FileRecord, 
     """
     records = [staging.write_tensors(_rank_file(rank), snapshot.own)]
     if snapshot.state is not None:
+        _check_numbers(snapshot.state)
         records.append(staging.write_tensors(MODEL_FILE, snapshot.state))
         arrays: dict[str, Array] = {}
         logs = pack(snapshot.logs, "logs", arrays)
@@ -214,6 +217,13 @@ def write(snapshot: Snapshot, staging: Staging, rank: int) -> tuple[FileRecord, 
         records.append(staging.write_json(f"{FIT}.json", {"callbacks": states, "logs": logs}))
         records.append(staging.write_tensors(f"{FIT}.safetensors", named))
     return tuple(records)
+
+
+def _check_numbers(state: Mapping[str, Array]) -> None:
+    """Refuse what no fit could go on from."""
+    for name, array in state.items():
+        if array.dtype.kind == "f" and np.isnan(array).any():
+            raise CheckpointError(f"{name} is NaN, so this would be a checkpoint that nothing can be gone on from")
 
 
 def read(loaded: LoadedCheckpoint) -> SavedFit:

@@ -33,6 +33,7 @@ from dtrain.metrics import last_of
 from dtrain.model import check_state, learning_rate, optimizers_of, write_state
 from dtrain.optimizer import sums_locally
 from dtrain.rank_state import add_own, check_own, read_own, write_own
+from dtrain.step import concatenate
 from dtrain.types import Array, EpochEnd, FitPlan, Logs, Position, Progress, Segment, SegmentResult
 
 if TYPE_CHECKING:
@@ -72,6 +73,16 @@ class _Part:
     def own_logs(self) -> dict[str, Array]:
         """Of all of its steps, what a custom step returned besides metrics."""
         return {key: np.concatenate([own[key] for own in self.own]) for key in (self.own[0] if self.own else ())}
+
+    def not_finite_from(self) -> int | None:
+        """See `SegmentResult.not_finite_from`."""
+        if not self.states:
+            return None
+        finite = [np.isfinite(values).reshape(len(values), -1).all(axis=1) for values in concatenate(self.states)]
+        wrong = np.flatnonzero(~np.stack(finite).all(axis=0))
+        if not wrong.size:
+            return None
+        return int(wrong[0]) if finite[0].size == self.steps else self.steps - 1
 
     def told(self) -> Part:
         return Part(self.segment, self.steps, self.rows, self.seconds, self.ended, self.step_logs, self.validation)
@@ -260,6 +271,7 @@ class RankFit:
             stop=self._stopped,
             own=read_own(self._model, self._replica.metrics) if self._can_be_told else {},
             callbacks=self._states_on_first() if self._can_be_told else (),
+            not_finite_from=part.not_finite_from(),
         )
         self._part = None
         self._segments += 1

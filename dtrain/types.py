@@ -149,6 +149,8 @@ class SegmentResult:
         stop: training is over: a callback set `stop_training`.
         own: what this rank alone has, in a group of several: another can then be put in its place.
         callbacks: on rank 0 of such a group, for the same reason: the states of those callbacks that run there alone.
+        not_finite_from: the step of the segment from which on this rank's own metrics are not all finite, counted from
+            0; the last one where single steps are not kept; None: they are.
     """
 
     position: Position
@@ -162,6 +164,7 @@ class SegmentResult:
     stop: bool = False
     own: Mapping[str, Array] = field(default_factory=dict)
     callbacks: Sequence[Any] = ()
+    not_finite_from: int | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from models import blobs, make_classifier
 
 import dtrain
 from dtrain import cluster, worker_group
-from dtrain.errors import ConfigError, DataError, DtrainError, WorkerError
+from dtrain.errors import ConfigError, DataError, DtrainError, NotFinite, WorkerError
 from dtrain.interrupts import Interrupts
 
 for module in (models, sys.modules[__name__]):  # the workers do not have the tests' folder on their path
@@ -44,6 +44,35 @@ def nothing_is_left(pids: set[int]) -> bool:
     actors = [actor for actor in ray.util.list_named_actors(all_namespaces=True) if actor["name"].startswith("dtrain:")]
     groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
     return not actors and not groups and not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def with_nan() -> tuple[Any, Any]:
+    """Mini-batches of 8: of the third one a row is NaN that rank 1 of two has."""
+    x, y = blobs(64)
+    x[21] = np.nan
+    return x, y
+
+
+def test_a_loss_that_is_nan_ends_the_fit_and_names_step_and_rank(local_ray: None, tmp_path: Path) -> None:
+    x, y = with_nan()
+    options = {"tracking": False, "checkpoint": True, "storage_path": tmp_path}
+    with dtrain.Trainer(make_classifier, num_workers=2, **options) as trainer:
+        trainer.evaluate(x[:8], y[:8], verbose=0)
+        before = trainer.get_weights()
+        with pytest.raises(NotFinite, match=r"the loss is nan from step 2 of the run on, first on rank 1 on") as caught:
+            trainer.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+        assert caught.value.rank == 1
+        for ours, theirs in zip(trainer.get_weights(), before, strict=True):
+            assert np.array_equal(ours, theirs)  # of the checkpoint that was made before the first step
+
+
+def test_a_loss_that_is_nan_is_trained_on_where_that_is_asked_for(local_ray: None, tmp_path: Path, caplog: Any) -> None:
+    x, y = with_nan()
+    options = {"tracking": False, "checkpoint": True, "storage_path": tmp_path}
+    with dtrain.Trainer(make_classifier, failure=dtrain.FailureConfig(on_nan="ignore"), **options) as trainer:
+        history = trainer.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+        assert np.isnan(history.history["loss"][0])
+    assert "is NaN, so this would be a checkpoint that nothing can be gone on from" in caplog.text
 
 
 class Raise(keras.callbacks.Callback):
