@@ -2,10 +2,10 @@
 
     python benchmarks/recovery.py
 
-Three workers train a small MLP; rank 2 is killed with SIGKILL in the middle. What is timed, from the kill on, by clocks
-of this machine: until the driver has noticed it, and until rank 0 has finished the next step that had not been finished
-before. The ways: a spare takes the dead one's place, a new process does, the others go on without it; and, to compare
-with, the fit ends, and the same command goes on from its newest checkpoint, which other frameworks call elastic.
+Three workers train a small MLP; rank 2 is killed with SIGKILL in the middle. What is timed, from the kill on, by
+clocks of this machine: until the driver has noticed it, and until rank 0 finishes a step again. The ways: a spare
+takes the dead one's place, a new process does, the others go on without it; and, to compare with, the fit ends, and
+the same command goes on from its newest checkpoint, where it redoes some steps, which other frameworks call elastic.
 
 Prints a table, and writes it with all that was measured to a JSON file. Workers share this machine's cores, and the
 start of a process, which is nearly all of two of the ways, is as slow as these are.
@@ -89,11 +89,11 @@ def killed_in_the_middle(trainer: dtrain.Trainer, file: Path, has_spares: bool) 
     thread.join()
 
 
-def measure(way: str, number: int, folder: Path, seconds: float) -> dict[str, float]:
+def measure(way: str, number: int, folder: Path, steps: int) -> dict[str, float]:
     """Seconds from the kill until it was noticed, and until the next step."""
     options, name = WAYS[way], f"{way} {number}".replace(" ", "-").replace(",", "")
     file = folder / f"{name}.txt"
-    rows = np.random.default_rng(0).normal(size=(int(seconds * 300) * 24, 64)).astype("float32")
+    rows = np.random.default_rng(0).normal(size=(steps * 24, 64)).astype("float32")
     labels = np.random.default_rng(1).integers(10, size=len(rows))
     given: dict[str, Any] = {
         "num_workers": 3,
@@ -135,7 +135,7 @@ def measure(way: str, number: int, folder: Path, seconds: float) -> dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2, help="how often each way is measured")
-    parser.add_argument("--seconds", type=float, default=15, help="about how long a fit trains")
+    parser.add_argument("--steps", type=int, default=600, help="of each fit; a spare needs many to get ready in (600)")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"), help="where the figures go")
     arguments = parser.parse_args()
     ray.init(address="local", num_cpus=8, namespace="dtrain", log_to_driver=False)
@@ -143,7 +143,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(arguments.rounds):
             for way, measured in found.items():
-                measured.append(measure(way, number, Path(folder), arguments.seconds))
+                measured.append(measure(way, number, Path(folder), arguments.steps))
                 print(f"{way}: {measured[-1]}", file=sys.stderr, flush=True)
     print(f"{'one of 3 workers is killed':<40}{'noticed':>10}{'next step':>12}")
     for way, measured in found.items():
