@@ -335,7 +335,10 @@ class Controller:
         group = self._group
         told = self._lost(position, is_first=0 in dead)
         lost = Lost(tuple(told.own[rank] for rank in dead) if told.own else (), told.callbacks)
+        if self._checkpointer is not None:
+            self._checkpointer.finish()  # its calls go by the numbers that ranks have by now
         group.shrink(dead)
+        self._listen()
         group.wait(group.submit("resize", handover, lost), self._watch)
         left = [result for rank, result in enumerate(self._last) if rank not in dead]
         if left:  # what callbacks on rank 0 alone have told is the new one's
@@ -396,6 +399,8 @@ class Controller:
         ranks = [rank for rank, step in found.items() if step == first]
         workers = self._group.workers
         where = ", ".join(f"rank {rank} on {workers[rank].host}" for rank in ranks) or "all ranks"
+        if self._checkpointer is not None:
+            self._checkpointer.finish()
         self._group.close()
         raise NotFinite(
             f"the loss is {answers[0].logs['loss']} from step {steps + first} of the run on, first on {where}: a"

@@ -76,7 +76,7 @@ class _Part:
 
     def not_finite_from(self) -> int | None:
         """See `SegmentResult.not_finite_from`."""
-        if not self.states:
+        if not self.states or not self.states[0]:  # no steps, or no metrics
             return None
         finite = [np.isfinite(values).reshape(len(values), -1).all(axis=1) for values in concatenate(self.states)]
         wrong = np.flatnonzero(~np.stack(finite).all(axis=0))

@@ -130,6 +130,8 @@ class Worker:
     @_reported
     def renumber(self, membership: Membership) -> None:
         """Be another rank, of a group of another size that is yet to form."""
+        if self._rank != membership.rank == 0:
+            self._printed.take()  # what the first one has shown before
         self._rank = membership.rank
         self._collective.leave(membership)
 
