@@ -120,11 +120,13 @@ class RankCallbacks:
         self._owes_first = half_done is not None and self._collective.rank == 0
 
     def lead(self) -> None:
-        """Run here from now on what runs on rank 0 alone, which has died. All of them begin anew."""
+        """Run here from now on what runs on rank 0 alone, which has died. Only those begin anew."""
         every = [*self._given, self._model.history]
         self._list = keras.callbacks.CallbackList(every, model=self._model, **self._params)
         self.leads = True
+        self._list.callbacks = self._only_first  # the others have begun here long ago
         self.call_here("on_train_begin")
+        self._list.callbacks = every
 
     def make_up_for(self, hook: str, *args: Any, logs: Logs | None = None) -> None:
         """Call `hook` of what is on rank 0 alone: here the process that it was called in has died."""
