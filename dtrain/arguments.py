@@ -105,15 +105,18 @@ def pickled(name: str, value: Any, with_value: Any = None) -> bytes:
 
 def check_resources(
     num_workers: Any, use_gpu: bool, resources_per_worker: Mapping[str, float] | None, placement_strategy: str
-) -> tuple[int, dict[str, float]]:
-    """The number of workers, and Ray's resources of each.
+) -> tuple[tuple[int, int], dict[str, float]]:
+    """The numbers of workers, at least and at most, and Ray's resources of each.
 
     Raises:
         ConfigError: one of them makes no sense.
     """
-    if isinstance(num_workers, (tuple, list)):
-        raise ConfigError(f"num_workers={num_workers!r}: elastic groups are not there yet; give one number of workers")
-    number = whole_number("num_workers", num_workers, 1)
+    is_elastic = isinstance(num_workers, (tuple, list)) and len(num_workers) == 2
+    smallest, largest = num_workers if is_elastic else (num_workers, num_workers)
+    for number in (smallest, largest):
+        whole_number("num_workers", number, 1)
+    if smallest > largest:
+        raise ConfigError(f"num_workers={num_workers!r} must be one number of workers, or (at least, at most)")
     resources = {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {}), **(resources_per_worker or {})}
     for name, amount in resources.items():
         if not isinstance(amount, (int, float)) or isinstance(amount, bool) or not 0 <= amount < math.inf:
@@ -122,7 +125,7 @@ def check_resources(
         raise ConfigError(f"resources_per_worker['GPU']={resources['GPU']!r} must be 1 or more with use_gpu=True")
     if placement_strategy not in PLACEMENT_STRATEGIES:
         raise ConfigError(f"placement_strategy={placement_strategy!r} must be one of {', '.join(PLACEMENT_STRATEGIES)}")
-    return number, resources
+    return (smallest, largest), resources
 
 
 def check_platform() -> None:

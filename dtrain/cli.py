@@ -79,6 +79,8 @@ Settings = Annotated[
 CheckpointUrl = Annotated[str | None, typer.Option("--checkpoint", metavar="URL", help="Use this checkpoint.")]
 RunName = Annotated[str | None, typer.Option("--run-name", help="Use this run's newest checkpoint that is whole.")]
 ExportFormat = Literal["keras", "saved_model"]
+OnLoss = Literal["replace", "shrink"]
+OnNan = Literal["stop", "skip", "ignore"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -138,7 +140,12 @@ def fit(
         typer.Option(metavar="auto|URL", help="auto: go on with the run of that name, or begin it."),
     ] = None,
     spares: Annotated[int, typer.Option(help="Processes that wait to take a dead worker's place.")] = 0,
+    min_workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Begin, and go on, with so few; more join when there is room.")
+    ] = None,
     max_failures: Annotated[int, typer.Option(help="Deaths of workers in a row, without a new step, to survive.")] = 3,
+    on_loss: Annotated[OnLoss, typer.Option(help="What becomes of a dead worker's place.")] = "replace",
+    on_nan: Annotated[OnNan, typer.Option(help="What becomes of a fit whose loss is no number.")] = "stop",
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow's; else MLFLOW_TRACKING_URI, else SQLite.")] = None,
     experiment: Annotated[str | None, typer.Option(help="MLflow's; else MLFLOW_EXPERIMENT_NAME, else dtrain.")] = None,
     no_tracking: Annotated[bool, typer.Option("--no-tracking", help="Record nothing in MLflow.")] = False,
@@ -160,13 +167,13 @@ def fit(
     with _trainer(
         make_model,
         config,
-        num_workers=num_workers,
+        num_workers=num_workers if min_workers is None else (min_workers, num_workers),
         seed=seed,
         run_name=run_name,
         storage_path=storage_path,
         checkpoint=checkpoint and CheckpointConfig(every_steps=checkpoint_every_steps),
         spares=spares,
-        failure=FailureConfig(max_failures=max_failures),
+        failure=FailureConfig(max_failures=max_failures, on_loss=on_loss, on_nan=on_nan),
         tracking=not no_tracking and MLflowConfig(tracking_uri=tracking_uri, experiment_name=experiment),
         address=address,
         use_gpu=use_gpu,

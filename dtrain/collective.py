@@ -10,6 +10,7 @@ optimised, and the ranks then wait for each other for ever. Never all-reduce a c
 import contextlib
 import json
 import os
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -33,6 +34,10 @@ class Collective(Protocol):
     @property
     def is_waiting(self) -> bool:
         """Whether this rank waits for others right now, outside of a tf.function; for another thread to look at."""
+
+    @property
+    def waited(self) -> float:
+        """Seconds so far in which this rank has waited for others, outside of tf.functions."""
 
     def all_reduce(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         """Sum each tensor over ranks. Differentiable; works eagerly and inside a tf.function."""
@@ -63,6 +68,7 @@ class LocalCollective:
     """The group of one process: every operation returns what it was given."""
 
     rank = 0
+    waited = 0.0
     world_size = 1
     is_waiting = False
 
@@ -104,6 +110,7 @@ class HorovodCollective:
         self._hvd = hvd
         self._is_member = False
         self.is_waiting = False
+        self.waited = 0.0
         self._take(membership)
 
     def join(self, membership: Membership, rendezvous: str, interface: str, timeout: float = 60.0) -> None:
@@ -207,11 +214,12 @@ class HorovodCollective:
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:
         """Goes round what waits for the other ranks, eagerly."""
-        self.is_waiting = True
+        self.is_waiting, began = True, time.perf_counter()
         try:
             yield
         finally:
             self.is_waiting = False
+            self.waited += time.perf_counter() - began
 
     def close(self) -> None:
         if self._is_member:

@@ -72,8 +72,10 @@ class FailureConfig:
             happened; "shrink": the others go on at once without them, on the same mini-batches, as close as sums in
             another order are.
         on_nan: "stop": where the loss becomes NaN or infinite the fit ends with `dtrain.errors.NotFinite`, which names
-            step and worker; the weights are those of the newest checkpoint. "ignore": it trains on, as Keras does.
-            Looked at once a segment, which costs no step anything; a callback that stops the training comes first.
+            step and worker; the weights are those of the newest checkpoint. Looked at once a segment, which costs no
+            step anything; a callback that stops the training comes first. "skip": a step that makes a weight NaN or
+            infinite is left out on all workers, as if its mini-batch had not been there, and named; it costs each step
+            a copy of weights and optimizer. "ignore": it trains on, as Keras does.
         hang_timeout: seconds without anything finished (a step, a callback, a mini-batch validated) after which the
             worker that keeps the others waiting counts as dead. A callback that takes longer needs more; None: a
             worker may take as long as it likes.
@@ -81,7 +83,7 @@ class FailureConfig:
 
     max_failures: int = 3
     on_loss: Literal["replace", "shrink"] = "replace"
-    on_nan: Literal["stop", "ignore"] = "stop"
+    on_nan: Literal["stop", "skip", "ignore"] = "stop"
     hang_timeout: float | None = 60.0
 
     def __post_init__(self) -> None:
@@ -89,8 +91,8 @@ class FailureConfig:
             raise ConfigError(f"max_failures={self.max_failures!r} must be a whole number, 0 or more")
         if self.on_loss not in ("replace", "shrink"):
             raise ConfigError(f"on_loss={self.on_loss!r} must be 'replace' or 'shrink'")
-        if self.on_nan not in ("stop", "ignore"):
-            raise ConfigError(f"on_nan={self.on_nan!r} must be 'stop' or 'ignore'")
+        if self.on_nan not in ("stop", "skip", "ignore"):
+            raise ConfigError(f"on_nan={self.on_nan!r} must be 'stop', 'skip' or 'ignore'")
         timeout = self.hang_timeout
         is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
         if timeout is not None and not (is_number and 0 < timeout < math.inf):

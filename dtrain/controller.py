@@ -21,15 +21,28 @@ from dtrain.errors import NotFinite
 from dtrain.fit_state import Lost, SavedFit, Standing
 from dtrain.heartbeat import Heartbeat
 from dtrain.interrupts import Interrupts
-from dtrain.policy import next_segment_steps
+from dtrain.policy import next_segment_steps, who_is_slow
 from dtrain.recoveries import Recoveries
 from dtrain.tracking import Tracker
 from dtrain.types import Batching, BatchPlan, EpochEnd, FitPlan, Logs, Position, Segment, SegmentResult
 from dtrain.worker_group import LAST_PROGRESS_SECONDS, PROGRESS_SECONDS, GroupBroken, WorkerGroup
 
+SLOW_SEGMENTS = 3
+"""A rank that keeps the others waiting for so many segments in a row is told."""
+SKIPPED_SHOWN = 3
+"""So many steps that were left out are told of a segment, by number."""
+MANY_SKIPPED = 10
+"""A segment of so many steps or more that were all left out ends the fit."""
+
 
 class Display(Protocol):
-    """What shows progress: `dtrain.progress.ProgressBar`, or nothing."""
+    """What shows progress: `dtrain.progress.ProgressBar`, or nothing.
+
+    Attributes:
+        workers: how many there are, which stands beside the bar.
+    """
+
+    workers: int
 
     def begin_epoch(self, epoch: int) -> None: ...
 
@@ -97,6 +110,10 @@ class Controller:
         self._segments = 0  # finished and taken in
         self._last: list[SegmentResult] = []  # of them, what each rank returned
         self._epoch_started = 0.0
+        self._is_to_grow = False
+        self._skipped = 0
+        self._slow: tuple[Any, int] = (None, 0)  # rank and what it does, and for how many segments
+        self._told_slow: list[Any] = []
         self._checkpointer: Checkpointer | None = None
         self._heartbeat: Heartbeat | None = None
 
@@ -200,6 +217,8 @@ class Controller:
                 if broken is not None:
                     failure, broken = broken, None
                     self._go_on(failure, plan, callbacks, record)
+                elif self._has_newcomers():
+                    self._grow(plan, callbacks, record)
                 else:
                     self._run_epoch(num_steps, record, checkpointer)
                 if record.position.epoch > epoch and not record.stopped and record.position.epoch < plan.epochs:
@@ -218,7 +237,7 @@ class Controller:
         """Send the epoch's segments, one ahead of the one that runs, and take in what comes back.
 
         The epoch has ended when a result says so: the data may have fewer steps than `num_steps`. An interrupt ends it
-        when what was sent is done.
+        when what was sent is done, as do workers that are to join.
         """
         epoch, step = record.position.epoch, record.position.step
         before = record.steps - step  # steps of the run before this epoch
@@ -233,7 +252,7 @@ class Controller:
             while result is None or not (result.epoch_end or result.stop):
                 # Nothing is sent ahead before anything is measured, or into the next epoch: a callback may stop there.
                 while (num_steps is None or step < num_steps) and _segments(sent) < (2 if self._newest else 1):
-                    if self._interrupts.requested and result is not None:
+                    if result is not None and (self._interrupts.requested or self._has_newcomers()):
                         break
                     due = checkpointer.steps_until_due(before + step)
                     left = None if num_steps is None else num_steps - step
@@ -262,6 +281,50 @@ class Controller:
             record.steps_per_epoch = record.steps - before
             self._display.expect(record.steps_per_epoch)
 
+    def _has_newcomers(self) -> bool:
+        """Whether workers wait to be taken in."""
+        self._is_to_grow = self._is_to_grow or self._group.can_grow()
+        return self._is_to_grow
+
+    def _grow(self, plan: FitPlan, callbacks: bytes, record: FitRecord) -> None:
+        """Take in workers that are ready, between two segments: one of those that train tells them where it is.
+
+        One that cannot follow is given up, and nobody else has noticed anything.
+        """
+        group, self._is_to_grow = self._group, False
+        standing, *_ = group.wait(group.submit("standing"))
+        new = group.grow() if standing.goes_on else []
+        if not new:
+            return
+        if self._checkpointer is not None:
+            self._checkpointer.finish()  # its manifest tells how many ranks there are
+        (handover,) = group.submit("hand_over", ranks=[0])
+        calls = group.submit("begin_fit", plan, callbacks, handover=handover, lost=Lost(), ranks=new)
+        if not group.have_followed(new, calls):
+            return
+        group.renumber()
+        self._listen()
+        own = group.wait(group.submit("resize", handover, Lost()), self._watch)
+        group.form()
+        group.wait(group.submit("go_on"), self._watch)
+        if self._last:
+            first = self._last[0]
+            self._last = [replace(first, own=each, callbacks=()) for each in own]
+            self._last[0] = replace(first, own=own[0])
+        self._listen()
+        self._display.note(f"{len(new)} more: going on with {self._count_workers(record)} workers")
+
+    def _count_workers(self, record: FitRecord) -> int:
+        """Put on record how many there are by now."""
+        number = self._display.workers = len(self._group.workers)
+        self._tracker.log(record.steps, {"num_workers": number})
+        return number
+
+    def _goes_on_without(self, num_left: int) -> bool:
+        """Whether those that are left go on by themselves."""
+        spec = self._group.spec
+        return self._failure.on_loss == "shrink" or (spec.extra_workers > 0 and num_left >= spec.num_workers)
+
     def _go_on(self, broken: GroupBroken, plan: FitPlan, callbacks: bytes, record: FitRecord) -> None:
         """Form the group anew, with new processes for the dead or without, from where the furthest of the others is.
 
@@ -272,8 +335,9 @@ class Controller:
         group = self._group
         try:
             dead, handover, behind = self._settle(broken, record)
-            if dead and self._failure.on_loss == "shrink":
+            if dead and self._goes_on_without(len(group.workers) - len(dead)):
                 self._shrink(dead, handover, record.position)
+                self._count_workers(record)
             else:
                 if dead:
                     group.replace(dead, self._display.status)
@@ -311,7 +375,8 @@ class Controller:
         behind = [rank for rank in left if standings[rank].place < ahead.place]
         lost = [rank for rank in behind if not standings[rank].can_catch_up_with(ahead)]
         dead = sorted([*broken.dead, *lost])
-        num_left = len(group.workers) - (len(dead) if self._failure.on_loss == "shrink" else 0)
+        num_left = len(group.workers) - len(dead)
+        num_left = num_left if self._goes_on_without(num_left) else len(group.workers)
         self._recoveries.begin(broken.error, record.steps + ahead.steps, num_left)
         how = "in place" if num_left == len(group.workers) else f"with {num_left} of {len(group.workers)} workers"
         self._display.note(f"{broken.error.message}: going on {how} ({self._recoveries})")
@@ -339,10 +404,10 @@ class Controller:
             self._checkpointer.finish()  # its calls go by the numbers that ranks have by now
         group.shrink(dead)
         self._listen()
-        group.wait(group.submit("resize", handover, lost), self._watch)
+        own = group.wait(group.submit("resize", handover, lost), self._watch)
         left = [result for rank, result in enumerate(self._last) if rank not in dead]
-        if left:  # what callbacks on rank 0 alone have told is the new one's
-            left[0] = replace(left[0], callbacks=self._last[0].callbacks)
+        if left:  # what callbacks on rank 0 alone have told is the new one's, as the dead ones' sums are
+            left[0] = replace(left[0], callbacks=self._last[0].callbacks, own=own[0])
         self._last = left
 
     def _save(self, checkpointer: Checkpointer, record: FitRecord, **extra: Any) -> None:
@@ -361,8 +426,6 @@ class Controller:
     def _take_in(self, answers: Sequence[SegmentResult], record: FitRecord) -> SegmentResult:
         """What the ranks returned of a segment."""
         result, rate = answers[0], None
-        if self._failure.on_nan == "stop" and not result.stop and not math.isfinite(result.logs.get("loss", 0.0)):
-            self._end_with_what_is_not_finite(answers, record.steps)
         step = record.position.step + result.num_steps
         if result.num_steps:
             self._recoveries.settle(record.steps + result.num_steps)
@@ -376,6 +439,11 @@ class Controller:
                 self._last = list(answers)
         record.steps += result.num_steps
         self._tracker.log_steps(record.steps - _length(result.step_logs), result.step_logs, result.seconds)
+        self._look_for_who_is_slow(answers)
+        if result.skipped:
+            self._tell_skipped(answers, record.steps - result.num_steps - record.position.step)
+        if self._failure.on_nan != "ignore" and not result.stop and not math.isfinite(result.logs.get("loss", 0.0)):
+            self._end_with_what_is_not_finite(answers, record.steps - result.num_steps)
         record.position, record.stopped = result.position, result.stop
         record.logs = result.epoch_end.logs if result.epoch_end is not None else result.logs
         if rate is not None:
@@ -388,6 +456,45 @@ class Controller:
             self._end_epoch(result.epoch_end, self._clock() - self._epoch_started, record)
         return result
 
+    def _look_for_who_is_slow(self, answers: Sequence[SegmentResult]) -> None:
+        """Say, once of each, which rank has kept the others waiting for some segments in a row, and what it did."""
+        found = None
+        if len(answers) == len(self._group.workers) and self._segments > 1:  # the first ones build graphs
+            found = who_is_slow(answers[0].seconds, [answer.spent for answer in answers])
+        culprit = found[:2] if found is not None else None
+        self._slow = (culprit, self._slow[1] + 1 if culprit == self._slow[0] else 1)
+        if found is None or self._slow[1] < SLOW_SEGMENTS or culprit in self._told_slow:
+            return
+        self._told_slow.append(culprit)
+        rank, what, share = found
+        self._display.note(
+            f"rank {rank} on {self._group.workers[rank].host} is slow: the others wait {share:.0%} of the time for it,"
+            f" which it spends {'in callbacks' if what == 'callbacks' else what}"
+        )
+
+    def _tell_skipped(self, answers: Sequence[SegmentResult], before: int) -> None:
+        """Say which steps of a segment were left out, `before` the epoch, and on which ranks it began.
+
+        Raises:
+            NotFinite: there were many, and no others.
+        """
+        result, workers = answers[0], self._group.workers
+        self._skipped += len(result.skipped)
+        for step in sorted(result.skipped)[:SKIPPED_SHOWN]:
+            ranks = [rank for rank, answer in enumerate(answers) if answer.skipped.get(step)]
+            where = ", ".join(f"rank {rank} on {workers[rank].host}" for rank in ranks) or "all ranks"
+            self._display.note(f"step {before + step} of the run was left out: it is not finite, on {where}")
+        if len(result.skipped) > SKIPPED_SHOWN:
+            self._display.note(f"{len(result.skipped) - SKIPPED_SHOWN} more steps were left out after it")
+        self._tracker.log(before + max(result.skipped), {"skipped_steps": self._skipped})
+        if len(result.skipped) == result.num_steps >= MANY_SKIPPED:
+            raise NotFinite(
+                f"all {result.num_steps} steps from step {before + min(result.skipped)} of the run on were left out: a"
+                " smaller learning rate, clipnorm in the optimizer, or a look at the data may help",
+                None,
+                None,
+            )
+
     def _end_with_what_is_not_finite(self, answers: Sequence[SegmentResult], steps: int) -> None:
         """End the fit, `steps` before the segment; the weights are lost, so nobody is asked for them.
 
@@ -396,7 +503,8 @@ class Controller:
         """
         found = {rank: answer.not_finite_from for rank, answer in enumerate(answers)}
         first = min((step for step in found.values() if step is not None), default=answers[0].num_steps - 1)
-        ranks = [rank for rank, step in found.items() if step == first]
+        is_of_all = len(answers) == len(self._group.workers)  # else one tells it for the others
+        ranks = [rank for rank, step in found.items() if step == first] if is_of_all else []
         workers = self._group.workers
         where = ", ".join(f"rank {rank} on {workers[rank].host}" for rank in ranks) or "all ranks"
         if self._checkpointer is not None:

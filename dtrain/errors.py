@@ -5,6 +5,7 @@
     ├── DataError         the data cannot be used as given (also a ValueError)
     ├── WorkerError       a worker died or raised; carries rank, host and the remote traceback
     │   ├── NotFinite     the loss is NaN or infinite; carries the first rank on which it was
+    │   ├── ReplicasDiffer the weights are not the same on all workers; carries the first rank that is to blame
     │   └── WorkerDied    its process ended, or could not be reached: not the user's code raised
     ├── CheckpointError   a checkpoint is missing, damaged or of another model
     │   └── TakenOver     another driver trains the run by now
@@ -74,6 +75,10 @@ class WorkerError(DtrainError):
 
 class NotFinite(WorkerError):
     """The loss became NaN or infinite, and `FailureConfig(on_nan="stop")` holds."""
+
+
+class ReplicasDiffer(WorkerError):
+    """The weights or the optimizer are not the same on all workers any more."""
 
 
 class WorkerDied(WorkerError):

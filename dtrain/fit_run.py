@@ -74,7 +74,7 @@ class FitRun:
         self._record = FitRecord()
         self._model: ModelDescription | None = None
         self._opened: dict[str, Opened] = {}
-        self._display = ProgressBar(verbose, wanted.plan.epochs, workers=trainer.num_workers)
+        self._display = ProgressBar(verbose, wanted.plan.epochs, workers=trainer.world_size)
         self._folder: RunFolder | None = None
         self._lease: Lease | None = None
         self._goes_on = False  # with the run of that name: another's checkpoint begins a run of its own
@@ -161,7 +161,7 @@ class FitRun:
     def _fall_back(self, error: WorkerDied) -> None:
         """Get ready to go on from the newest checkpoint; raises the error where that is not to be."""
         record = self._record
-        self._recoveries.begin(error, record.steps, self._trainer.num_workers)
+        self._recoveries.begin(error, record.steps, self._trainer.world_size)
         finished = record.steps
         if self._folder is not None and self._folder.checkpoints.latest() is not None:
             self._goes_on = True
@@ -271,7 +271,7 @@ class FitRun:
         self._display.note(f"run {self._name}")
         if self._loaded is not None:
             self._announce_resume(self._loaded, changed)
-        if self._trainer.num_workers > 1:
+        if self._trainer.world_size > 1:
             for exception in self._model.exceptions:
                 self._display.note(f"not as in one process: {exception}")
 
@@ -282,7 +282,7 @@ class FitRun:
         note(f"going on at {in_words(loaded.manifest.position)} from {loaded.checkpoint.url}")
         if self._trainer.seed != loaded.manifest.seed:
             note(f"seed={self._trainer.seed} has no effect: the run goes on with {loaded.manifest.seed}")
-        other = [*changed, *other_circumstances(loaded.manifest, self._trainer.num_workers, self._versions())]
+        other = [*changed, *other_circumstances(loaded.manifest, self._trainer.world_size, self._versions())]
         if other:
             note(f"not bit for bit what an undisturbed run would give: {', '.join(other)}")
 
@@ -299,7 +299,7 @@ class FitRun:
             return
         model_fn = trainer.model_fn
         settings = {
-            "world_size": trainer.num_workers,
+            "world_size": trainer.world_size,
             "seed": trainer.seed,
             "deterministic": trainer.deterministic,
             "model_fn": f"{model_fn.__module__}.{getattr(model_fn, '__qualname__', type(model_fn).__name__)}",
@@ -316,7 +316,7 @@ class FitRun:
         manifest = Manifest(
             step=0,
             position=self._record.position,
-            world_size=self._trainer.num_workers,
+            world_size=self._trainer.world_size,
             seed=self._loaded.manifest.seed if self._loaded is not None else self._trainer.seed,
             model_digest=self._model.signature,
             versions=self._versions(),

@@ -194,7 +194,9 @@ class Lost:
     def with_callbacks_of(self, fit: SavedFit) -> CallbackStates:
         """The states of all callbacks: those of a rank that lives where the dead ones have told none."""
         told = self.callbacks or [None] * len(fit.callbacks)
-        return [first or state for first, state in zip(told, fit.callbacks, strict=True)]
+        history, *others = [first or state for first, state in zip(told, fit.callbacks, strict=True)]
+        # Keras's History is complete on every rank, and the dead one may have called the end of an epoch untold.
+        return [fit.callbacks[0] or history, *others]
 
 
 def write(snapshot: Snapshot, staging: Staging, rank: int) -> tuple[FileRecord, ...]:

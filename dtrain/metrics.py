@@ -68,7 +68,7 @@ class MetricState:
         self.records_steps = True
         self.take_up()
         self._names: dict[Any, list[str]] = {}
-        self._results = tf.function(self._results_of, autograph=False, reduce_retracing=True)
+        self._results: dict[Any, Any] = {}
 
     def take_up(self) -> None:
         """Take up variables that are new: some metrics make theirs in their first update."""
@@ -77,6 +77,11 @@ class MetricState:
                 if all(variable is not known for known in self.variables):
                     self.variables.append(variable)
         self.records_steps = sum(int(np.prod(v.shape)) for v in self.variables) <= RECORDED_ELEMENTS
+
+    def is_of_loss(self) -> list[bool]:
+        """For each variable whether it is the loss's."""
+        of_loss = [variable for metric in self._model.metrics if metric.name == "loss" for variable in metric.variables]
+        return [any(variable is other for other in of_loss) for variable in self.variables]
 
     def read(self) -> list[tf.Tensor]:
         """The variables' values now; works while tracing."""
@@ -140,7 +145,12 @@ class MetricState:
         in_order = self.records_steps
         summed = sum_in_rank_order(addends, collective, name) if in_order else collective.all_reduce(addends, name)
         key = None if wanted is None else tuple(wanted.items())
-        results = self._results(summed, key)
+        place = key, len(summed)  # some metrics make variables later
+        if place not in self._results:  # traced once, for any number of steps
+            specs = [tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype) for tensor in summed]
+            results_of = functools.partial(self._results_of, wanted=key)
+            self._results[place] = tf.function(results_of, input_signature=[specs], autograph=False)
+        results = self._results[place](summed)
         self.assign(local)
         return {name: results[name].numpy() for name in self._names[key]}
 

@@ -1,13 +1,16 @@
 """Owns decisions that need no one to be asked: pure functions of what was measured and what was asked for."""
 
 import math
+import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dtrain.config import CheckpointConfig
 
 SEGMENT_SECONDS = 2.0
 """Workers are spoken to about so often: what is measured of a segment is shown, recorded and decided upon."""
+SLOW_SHARE = 0.2
+"""A rank is slow where the others wait for it for so much of the time."""
 FIRST_STEPS = 1
 """The first segment traces the step: the user sees it end as soon as can be."""
 
@@ -28,6 +31,26 @@ def next_segment_steps(seconds_per_step: float | None, previous: int, remaining:
     # The first steps are slower than the rest; growing at most eightfold forgets a wrong measure soon enough.
     steps = min(wanted, previous * 8)
     return remaining if steps * 1.25 >= remaining else steps
+
+
+def who_is_slow(seconds: float, spent: Sequence[Mapping[str, float]]) -> tuple[int, str, float] | None:
+    """The rank that keeps the others of a segment waiting, before it computes.
+
+    Args:
+        seconds: that the segment took, on all ranks.
+        spent: for each rank, seconds by what it spent them on: all but computing, in which ranks wait for each other.
+
+    Returns:
+        The rank, what it spends more time on than the others, and the share of the time that they wait for it; None:
+        nobody is slow.
+    """
+    if len(spent) < 2 or seconds <= 0:
+        return None
+    rank = max(range(len(spent)), key=lambda rank: sum(spent[rank].values()))
+    others = [each for other, each in enumerate(spent) if other != rank]
+    excess = {what: own - statistics.median(each[what] for each in others) for what, own in spent[rank].items()}
+    share = sum(excess.values()) / seconds
+    return (rank, max(excess, key=excess.__getitem__), share) if share >= SLOW_SHARE else None
 
 
 def failures_in_a_row(before: int, furthest: int, steps: int) -> int:

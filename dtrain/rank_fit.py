@@ -8,7 +8,7 @@ group finishes what there is of the segment as if it had been a shorter one.
 import contextlib
 import json
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -27,18 +27,20 @@ from dtrain.callbacks import RankCallbacks
 from dtrain.collective import is_lost_peer
 from dtrain.data.loader import Chunk, Feed
 from dtrain.data.stream import StreamLoader
-from dtrain.errors import LostPeer
+from dtrain.errors import LostPeer, ReplicasDiffer
 from dtrain.fit_state import Handover, Lost, Part, SavedFit, Snapshot, Standing
 from dtrain.metrics import last_of
 from dtrain.model import check_state, learning_rate, optimizers_of, write_state
 from dtrain.optimizer import sums_locally
-from dtrain.rank_state import add_own, check_own, read_own, write_own
+from dtrain.rank_state import add_own, check_own, checksum_of_shared, read_own, write_own
 from dtrain.step import concatenate
 from dtrain.types import Array, EpochEnd, FitPlan, Logs, Position, Progress, Segment, SegmentResult
 
 if TYPE_CHECKING:
     from dtrain.replica import Replica
 
+CHECKED_EVERY = 10
+"""After so many segments, 20 seconds or so, the ranks make sure that their replicas are still the same."""
 CALL_SECONDS = 0.15
 """A call into TensorFlow runs about so many seconds of steps where nothing needs to see each of them."""
 CALL_BYTES = 64 << 20
@@ -54,6 +56,8 @@ class _Part:
     rows: int = 0
     seconds: float = 0.0
     ended: bool = False
+    skipped: dict[int, bool] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=lambda: {"reading data": 0.0, "callbacks": 0.0})
     states: list[list[Array]] = field(default_factory=list)
     own: list[dict[str, Array]] = field(default_factory=list)
     step_logs: dict[str, Array] | None = None
@@ -74,15 +78,13 @@ class _Part:
         """Of all of its steps, what a custom step returned besides metrics."""
         return {key: np.concatenate([own[key] for own in self.own]) for key in (self.own[0] if self.own else ())}
 
-    def not_finite_from(self) -> int | None:
-        """See `SegmentResult.not_finite_from`."""
-        if not self.states or not self.states[0]:  # no steps, or no metrics
-            return None
-        finite = [np.isfinite(values).reshape(len(values), -1).all(axis=1) for values in concatenate(self.states)]
-        wrong = np.flatnonzero(~np.stack(finite).all(axis=0))
-        if not wrong.size:
-            return None
-        return int(wrong[0]) if finite[0].size == self.steps else self.steps - 1
+    def not_finite_from(self, is_of_loss: Sequence[bool]) -> int | None:
+        """See `SegmentResult.not_finite_from`; what of the metrics' states is the loss's."""
+        states = concatenate(self.states) if self.states else []
+        looked_at = [state for state, is_loss in zip(states, is_of_loss, strict=False) if is_loss]
+        looked_at += [values for key, values in self.own_logs().items() if key == "loss"]
+        firsts = [_first_not_finite(values, self.steps) for values in looked_at]
+        return min((first for first in firsts if first is not None), default=None)
 
     def told(self) -> Part:
         return Part(self.segment, self.steps, self.rows, self.seconds, self.ended, self.step_logs, self.validation)
@@ -124,7 +126,7 @@ class RankFit:
         self._stopped = False
         self._has_begun = False  # the epoch that `_position` is in
         self._has_warned = False
-        self._is_validating = False
+        self._is_validation_astray = False
         self._without_state: list[keras.callbacks.Callback] = []
         self._part: _Part | None = None
         self._segments = 0
@@ -188,25 +190,37 @@ class RankFit:
         looked_at = self._hooks.are_used or self._model.stop_training  # by Keras, too, after a first call
         steps_per_call = self._model.steps_per_execution if looked_at else self._steps_per_call()
         started = time.perf_counter()
-        self._replica.beat("reading data")
         chunks = _chunks(self._feed, epoch, step, part.segment.num_steps, steps_per_call, looked_at)
         with contextlib.closing(chunks):
-            for chunk in chunks:
-                if self._replica.strikes:
-                    self._meet_faults(chunk)
-                self._replica.beat("callbacks, of a batch")
-                self._hooks.begin(chunk)
+            while (chunk := self._next_chunk(part, chunks)) is not None:
+                with self._spends(part, "callbacks", "callbacks, of a batch"):
+                    self._hooks.begin(chunk)
                 state, returned = self._call(part, chunk)
                 part.add(chunk, chunk.num_steps, state, returned)
-                self._replica.beat("callbacks, of a batch")
-                self._hooks.end(chunk, state, returned)
+                part.skipped.update({chunk.first_step + step: own for step, own in self._replica.skipped.items()})
+                with self._spends(part, "callbacks", "callbacks, of a batch"):
+                    self._hooks.end(chunk, state, returned)
                 part.seconds = time.perf_counter() - started
                 num_steps = self._feed.steps_in_epoch(epoch) or 0
                 self._replica.progress = Progress("train", epoch, part.position.step, num_steps, self._logs)
                 if self._model.stop_training:
                     break
-                self._replica.beat("reading data")
         part.ended = part.steps < part.segment.num_steps or self._is_end(part.position)
+
+    def _next_chunk(self, part: _Part, chunks: Iterator[Chunk]) -> Chunk | None:
+        with self._spends(part, "reading data", "reading data"):
+            chunk = next(chunks, None)
+            if chunk is not None and self._replica.strikes:
+                self._meet_faults(chunk)
+            return chunk
+
+    @contextlib.contextmanager
+    def _spends(self, part: _Part, what: str, doing: str) -> Iterator[None]:
+        """Inside, time is spent on something, but for what is waited for the others."""
+        self._replica.beat(doing)
+        began, waited = time.perf_counter(), self._collective.waited
+        yield
+        part.spent[what] += time.perf_counter() - began - (self._collective.waited - waited)
 
     def _call(self, part: _Part, chunk: Chunk) -> tuple[list[Array], dict[str, Array]]:
         started = time.perf_counter()
@@ -243,6 +257,8 @@ class RankFit:
         self._replica.beat("the end of a segment")
         if part.ended:
             self._hooks.finish()
+        if self._segments % CHECKED_EVERY == CHECKED_EVERY - 1:
+            self._check_replicas(part.position)
         if part.step_logs is None:
             part.step_logs = self._replica.global_logs("train", part.states, part.own, "segment") if part.steps else {}
         if part.steps:
@@ -253,6 +269,24 @@ class RankFit:
         logs = _numbers(self._logs)
         epoch_end = self._end_epoch(part, epoch) if ends_epoch else None
         return self._close(part, logs, epoch_end)
+
+    def _check_replicas(self, position: Position) -> None:
+        """Compare a checksum of what is to be equal on all ranks. Collective.
+
+        Raises:
+            ReplicasDiffer: on all of them, naming those that differ from most, or from rank 0.
+        """
+        every = self._collective.all_gather_json(checksum_of_shared(self._model), "checksum")
+        if len(set(every)) == 1:
+            return
+        usual = max(every, key=lambda checksum: (every.count(checksum), -every.index(checksum)))
+        others = [rank for rank, checksum in enumerate(every) if checksum != usual]
+        raise ReplicasDiffer(
+            f"the weights or the optimizer of rank {', '.join(map(str, others))} are not those of the others at epoch"
+            f" {position.epoch}, step {position.step}: a callback that runs on every rank and does not do the same"
+            " there, or a machine whose memory or CPU fails",
+            others[0],
+        )
 
     def _close(self, part: _Part, logs: Logs, epoch_end: EpochEnd | None) -> SegmentResult:
         self._stopped = bool(self._model.stop_training)
@@ -271,7 +305,9 @@ class RankFit:
             stop=self._stopped,
             own=read_own(self._model, self._replica.metrics) if self._can_be_told else {},
             callbacks=self._states_on_first() if self._can_be_told else (),
-            not_finite_from=part.not_finite_from(),
+            not_finite_from=part.not_finite_from(self._replica.metrics.is_of_loss()),
+            skipped=part.skipped,
+            spent=part.spent,
         )
         self._part = None
         self._segments += 1
@@ -295,12 +331,12 @@ class RankFit:
 
     def _validate(self, epoch: int) -> Logs:
         assert self._validation is not None
-        if self._is_validating and isinstance(self._validation, StreamLoader):  # it was interrupted, and begins again
+        if self._is_validation_astray and isinstance(self._validation, StreamLoader):
             self._validation.reopen()
             self._validation.skip_passes(self._num_validated(epoch))
-        self._is_validating = True
+        self._is_validation_astray = True  # until it has come to its end
         logs = self._replica.evaluate_on(self._validation, self._callbacks, self._batch_bytes[1])
-        self._is_validating = False
+        self._is_validation_astray = False
         return logs
 
     def _num_validated(self, epoch: int) -> int:
@@ -350,9 +386,14 @@ class RankFit:
     # --- in another group
 
     @property
-    def _can_be_told(self) -> bool:
+    def _can_change_places(self) -> bool:
         """Whether a rank can be put in another's place: not where each has accumulated gradients of its own."""
-        return self._collective.world_size > 1 and not any(map(sums_locally, optimizers_of(self._model)))
+        return not any(map(sums_locally, optimizers_of(self._model)))
+
+    @property
+    def _can_be_told(self) -> bool:
+        """The same, where there is another."""
+        return self._collective.world_size > 1 and self._can_change_places
 
     def standing(self) -> Standing:
         """How far this rank is, once its last call has ended, well or not."""
@@ -361,7 +402,7 @@ class RankFit:
         if part is not None and self._has_begun:
             stage = 1 + part.ended + (part.step_logs is not None) + (part.validation is not None)
         steps, hooks = part.steps if part is not None else 0, self._callbacks.completed
-        return Standing(self._segments, steps, stage, hooks, self._result, self._can_be_told)
+        return Standing(self._segments, steps, stage, hooks, self._result, self._can_change_places)
 
     def hand_over(self) -> Handover:
         """What a rank that is behind, or new, has to know to be where this one is. Changes nothing."""
@@ -402,26 +443,35 @@ class RankFit:
             self._callbacks.make_up_for("on_epoch_begin", self._position.epoch)
         self._callbacks.take_over(handover.half_done, handover.hooks)
 
-    def resize(self, handover: Handover, lost: Lost) -> None:
+    def resize(self, handover: Handover, lost: Lost) -> dict[str, Array]:
         """Be where the rank is that hands over, in a group of another size; the collective knows its place there.
 
         Args:
             handover: of that rank.
             lost: of the ranks that are no more.
+
+        Returns:
+            What this rank alone has now.
         """
         rank, world_size = self._collective.rank, self._collective.world_size
         self._replica.resize()
         for feed in (self._feed, self._validation):
             if feed is not None:
                 feed.deal(rank, world_size)
+        self._is_validation_astray = True
         if rank == 0 and not self._callbacks.leads:
             self._lead(handover, lost)
-        self.catch_up(handover)
         if rank == 0:
-            added = add_own(self._replica.metrics, lost.own)
-            for states in self._part.states if self._part is not None else ():
-                for state, more in zip(states, added, strict=True):
-                    state += more  # after each step
+            self._add(lost)
+        self.catch_up(handover)
+        return read_own(self._model, self._replica.metrics)
+
+    def _add(self, lost: Lost) -> None:
+        """Make what ranks that are no more had of the metrics' sums this rank's: now, and after each step."""
+        added = add_own(self._replica.metrics, lost.own)
+        for states in self._part.states if self._part is not None else ():
+            for state, more in zip(states, added, strict=True):
+                state += more
 
     def _lead(self, handover: Handover, lost: Lost) -> None:
         """Run here what ran on rank 0 alone, with the states that it has told."""
@@ -530,6 +580,14 @@ def _chunks(
             yield chunk
         if first_step < stop:  # the input has ended
             return
+
+
+def _first_not_finite(values: Array, num_steps: int) -> int | None:
+    """Of values after each step, or (one alone) after the last."""
+    wrong = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))
+    if not wrong.size:
+        return None
+    return int(wrong[0]) if len(values) == num_steps else num_steps - 1
 
 
 def _numbers(logs: Logs) -> Logs:

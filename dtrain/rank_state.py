@@ -6,6 +6,7 @@ it was; on another number of ranks, what adds up is rank 0's, and the generators
 """
 
 import random
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import keras
 import numpy as np
 
 from dtrain.collective import Collective
+from dtrain.data.source import content_of
 from dtrain.errors import CheckpointError
 from dtrain.fit_state import ACCUMULATED, place_of
 from dtrain.keras_internals import accumulators_of
@@ -67,6 +69,16 @@ def add_own(metrics: MetricState, every: Sequence[Own]) -> list[Array]:
         )
         variable.assign_add(added[-1])
     return added
+
+
+def checksum_of_shared(model: keras.Model) -> int:
+    """Of all else, which is equal on the ranks: weights, moving statistics, and the optimizers' variables."""
+    accumulated = [v for optimizer in filter(sums_locally, optimizers_of(model)) for v in accumulators_of(optimizer)]
+    checksum = 0
+    for name, variable in named_variables(model).items():
+        if not name.startswith(("seeds/", "random/")) and all(variable is not other for other in accumulated):
+            checksum = zlib.crc32(content_of(np.ascontiguousarray(variable.numpy())), checksum)
+    return checksum
 
 
 def check_own(model: keras.Model, metrics: MetricState, every: Sequence[Own], in_epoch: bool) -> None:

@@ -36,12 +36,13 @@ from dtrain.model import (
     describe,
     has_own_loss,
     label_rules,
+    optimizers_of,
     read_state,
     refuse_what_cannot_be_split,
     spread_seeds,
     write_state,
 )
-from dtrain.optimizer import collect_accumulated, drop_accumulated
+from dtrain.optimizer import collect_accumulated, drop_accumulated, sums_locally
 from dtrain.rank_fit import CALL_BYTES, RankFit
 from dtrain.step import Kind, Steps, concatenate
 from dtrain.types import (
@@ -73,6 +74,7 @@ class Replica:
         collective: this rank's group.
         sync_batch_norm: every BatchNormalization uses the statistics of the whole mini-batch.
         sparse_as_dense: sparse gradients are made dense and summed, instead of gathered as they are.
+        skip_nan: a training step that makes a weight NaN or infinite is put back whole.
         strikes: the faults that a test has planned.
     """
 
@@ -82,6 +84,7 @@ class Replica:
         collective: Collective,
         sync_batch_norm: bool = False,
         sparse_as_dense: bool = False,
+        skip_nan: bool = False,
         strikes: Strikes | None = None,
     ) -> None:
         self.model = model
@@ -93,6 +96,7 @@ class Replica:
         self._is_first_call = True
         self._sync_batch_norm = sync_batch_norm
         self._sparse_as_dense = sparse_as_dense
+        self._skip_nan = skip_nan
         self._has_variables = False
         self._waiting: State = {}  # of optimizers that train_step has yet to build
         self._steps: dict[Kind, Steps] = {}
@@ -141,6 +145,11 @@ class Replica:
                 refuse_what_cannot_be_split(self.model)
                 if self._sync_batch_norm:
                     synchronize(self.model)
+            if self._skip_nan and any(map(sums_locally, optimizers_of(self.model))):
+                raise ConfigError(
+                    "on_nan='skip' does not go with gradient_accumulation_steps: what is accumulated before a step"
+                    " that is left out may hold its NaN; leave out one"
+                )
             self._check_same_model()
             self._take_over()
             self._has_variables = True
@@ -156,7 +165,8 @@ class Replica:
 
     def _new_steps(self) -> dict[Kind, Steps]:
         kinds: tuple[Kind, ...] = ("train", "test")
-        return {kind: Steps(self.model, self.collective, self.metrics, kind, self._sparse_as_dense) for kind in kinds}
+        options = self._sparse_as_dense, self._skip_nan
+        return {kind: Steps(self.model, self.collective, self.metrics, kind, *options) for kind in kinds}
 
     def resize(self) -> None:
         """The group has another size, or this rank another number: the steps are to be traced anew."""
@@ -197,7 +207,10 @@ class Replica:
         """Open data for a verb (see `dtrain.feeds.open_feed`); what is open already is returned as it is."""
         if isinstance(data, (Loader, StreamLoader)):
             return data
-        return open_feed(data, plan, self.collective, purpose, first_epoch)
+        feed = open_feed(data, plan, self.collective, purpose, first_epoch)
+        if isinstance(feed, StreamLoader):
+            feed.on_read_again = functools.partial(self.beat, "reading data again, up to where they go on")
+        return feed
 
     # --- fit
 
@@ -434,6 +447,11 @@ class Replica:
     def own_logs(self) -> list[str]:
         """What a training step of the model's own returns besides the results of metrics."""
         return self._steps["train"].own_logs
+
+    @property
+    def skipped(self) -> dict[int, bool]:
+        """Of the newest call of training steps (see `dtrain.undo.Skips.read`)."""
+        return self._steps["train"].skipped
 
     def undo(self) -> tuple[int, list[Array], dict[str, Array]]:
         """See `dtrain.step.Steps.undo`."""

@@ -1,16 +1,37 @@
-"""Owns the processes that wait, TensorFlow imported, to take a dead rank's place."""
+"""Owns the processes that wait, TensorFlow imported, to take a dead rank's place or to make the group larger."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup
 
+from dtrain.interrupts import Interrupts
 from dtrain.types import Failure, WorkerInfo
 
 READY_SECONDS = 60.0
 """A spare that was started a moment ago may take so long: no longer than a new process would."""
+ANSWER_SECONDS = 10.0
+"""How long one that is ready may take to say where it is."""
+POLL_SECONDS = 0.1
+AGAIN_SECONDS = 30.0
+"""A room whose process could not start is tried again after so long."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """A process's place in the cluster, reserved or asked for.
+
+    Attributes:
+        placement: the placement group.
+        bundle: which of its bundles.
+    """
+
+    placement: PlacementGroup
+    bundle: int
 
 
 @dataclass(frozen=True)
@@ -19,12 +40,12 @@ class Spare:
 
     Attributes:
         actor: the Worker.
-        bundle: its place in the group's placement group.
+        room: where it is, or will be once the cluster has that room.
         ready: the call that gets it ready.
     """
 
     actor: Any
-    bundle: int
+    room: Room
     ready: Any
 
 
@@ -32,53 +53,89 @@ class Spares:
     """The spares of a group.
 
     Args:
-        spawn: starts a Worker, given a number of its own and its bundle; does not wait for it.
+        spawn: starts a Worker, given a number of its own and its room; waits neither for the process nor for the room.
+        interrupts: ends a wait.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, spawn: Callable[[int, int], Any]) -> None:
+    def __init__(
+        self,
+        spawn: Callable[[int, Room], Any],
+        interrupts: Interrupts,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._spawn = spawn
+        self._interrupts = interrupts
+        self._clock = clock
         self._num_started = 0
         self._waiting: list[Spare] = []
+        self._failed: dict[Room, float] = {}
 
-    def start(self, bundles: Sequence[int], settings: Any) -> None:
-        """Start one in each of these bundles; in the background, so that nothing waits for it.
+    def start(self, rooms: Sequence[Room], settings: Any) -> None:
+        """Let there be one in each of these rooms; in the background, so that nothing waits for it.
 
         Args:
-            bundles: of the placement group; free, or about to be.
+            rooms: free, or about to be.
             settings: what `Worker.setup` is given.
         """
-        for bundle in bundles:
-            actor = self._spawn(self._num_started, bundle)
+        for room in rooms:
+            if self._clock() - self._failed.get(room, -AGAIN_SECONDS) < AGAIN_SECONDS:
+                continue
+            actor = self._spawn(self._num_started, room)
             self._num_started += 1
-            self._waiting.append(Spare(actor, bundle, actor.setup.remote(settings)))
+            self._waiting.append(Spare(actor, room, actor.setup.remote(settings)))
 
-    def take(self) -> tuple[Spare, WorkerInfo] | None:
-        """One that lives, those first that are ready, and where it runs; None: there is none."""
-        is_ready = (
-            set(ray.wait([spare.ready for spare in self._waiting], num_returns=len(self), timeout=0)[0]) if self else ()
-        )
-        self._waiting.sort(key=lambda spare: spare.ready not in is_ready)
+    def have_one_ready(self) -> bool:
+        """Whether `take` would return one at once. Those that could not start are given up."""
+        for spare in list(self._waiting):
+            if _has_answered(spare) and _where(spare) is None:
+                self._give_up(spare)
+        return any(map(_has_answered, self._waiting))
+
+    def take(self, patience: float = READY_SECONDS) -> tuple[Spare, WorkerInfo] | None:
+        """One that lives, those first that are ready, and where it runs; None: there is none within so many seconds."""
+        deadline = self._clock() + patience
         while self._waiting:
-            spare = self._waiting.pop(0)
-            try:
-                made, where = ray.get([spare.ready, spare.actor.where.remote()], timeout=READY_SECONDS)
-            except (RayError, GetTimeoutError):
-                made = Failure("it died, too", traceback="")
-            if not isinstance(made, Failure):
+            spare = next(filter(_has_answered, self._waiting), None)
+            if spare is None:
+                if self._clock() >= deadline:
+                    return None
+                self._interrupts.check()
+                ray.wait([spare.ready for spare in self._waiting], timeout=POLL_SECONDS)
+                continue
+            where = _where(spare)
+            if where is not None:
+                self._waiting.remove(spare)
                 return spare, where
-            ray.kill(spare.actor, no_restart=True)
+            self._give_up(spare)
         return None
 
     @property
-    def bundles(self) -> list[int]:
+    def rooms(self) -> list[Room]:
         """Those that have one."""
-        return [spare.bundle for spare in self._waiting]
-
-    def __len__(self) -> int:
-        return len(self._waiting)
+        return [spare.room for spare in self._waiting]
 
     def close(self) -> None:
         """End all that wait."""
         waiting, self._waiting = self._waiting, []
         for spare in waiting:
             ray.kill(spare.actor, no_restart=True)
+
+    def _give_up(self, spare: Spare) -> None:
+        self._waiting.remove(spare)
+        self._failed[spare.room] = self._clock()
+        ray.kill(spare.actor, no_restart=True)
+
+
+def _has_answered(spare: Spare) -> bool:
+    """Whether it is ready, or never will be."""
+    return bool(ray.wait([spare.ready], timeout=0)[0])
+
+
+def _where(spare: Spare) -> WorkerInfo | None:
+    """Where it runs; None: it is dead by now, or could not be set up."""
+    try:
+        made, where = ray.get([spare.ready, spare.actor.where.remote()], timeout=ANSWER_SECONDS)
+    except RayError:
+        return None
+    return None if isinstance(made, Failure) else where

@@ -24,7 +24,7 @@ from dtrain.metrics import MetricState, Source, flat_logs, nested_logs, places_i
 from dtrain.model import optimizers_of
 from dtrain.optimizer import Reduction, reduce, reduced_gradients
 from dtrain.types import Array, Shapes, Tree
-from dtrain.undo import Records, Undo
+from dtrain.undo import Records, Skips, Undo
 
 Kind = Literal["train", "test"]
 
@@ -46,6 +46,7 @@ class Steps:
         metrics: the model's metric state.
         kind: "train" calls the model's `train_step`, "test" its `test_step`.
         sparse_as_dense: make sparse gradients dense before they are summed.
+        skip_nan: a training step that makes a weight NaN or infinite is put back whole.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Steps:
         metrics: MetricState,
         kind: Kind,
         sparse_as_dense: bool = False,
+        skip_nan: bool = False,
     ) -> None:
         self._model = model
         self._collective = collective
@@ -63,7 +65,11 @@ class Steps:
         self._sparse_as_dense = sparse_as_dense
         self._functions: dict[Any, Any] = {}
         self._records: Records | None = None
-        self._undo = Undo(model, metrics) if kind == "train" and collective.world_size > 1 else None
+        skips = kind == "train" and skip_nan
+        self._undo = Undo(model, metrics) if kind == "train" and (collective.world_size > 1 or skips) else None
+        self._skips = Skips(self._undo, metrics) if self._undo is not None and skips else None
+        if self._undo is not None:
+            self._undo.covers_all = skips
         self._has_warned = False
         self._is_custom = any(
             getattr(type(model), name) is not getattr(keras.Model, name) for name in (f"{kind}_step", "compute_metrics")
@@ -138,6 +144,11 @@ class Steps:
         return finished, states, logs
 
     @property
+    def skipped(self) -> dict[int, bool]:
+        """See `dtrain.undo.Skips.read`, of the newest call."""
+        return self._skips.read() if self._skips is not None else {}
+
+    @property
     def knowledge(self) -> Knowledge:
         """What a step has shown of itself, for a rank that has yet to see one."""
         return Knowledge(self.returned, self._places, self._frozen)
@@ -194,11 +205,15 @@ class Steps:
         num_steps = tf.shape(flat[0])[0]
         assert self._records is not None
         self._records.clear(num_steps if self._metrics.records_steps else 1, num_steps)
+        if self._skips is not None:
+            self._skips.begin(num_steps)
 
         def body(step: tf.Tensor) -> tuple[tf.Tensor]:
             with tf.control_dependencies([] if self._undo is None else [self._undo.begin_step(step)]):
                 data = _packed(structure, [tensor[step] for tensor in flat])
                 returned = flat_logs(self._one_step(keras_batch(data), share, whole))
+            if self._skips is not None:
+                self._skips.settle(step)
             self._warn_of_unsaved_random_numbers()
             self._record(step, returned, share)
             return (step + 1,)
@@ -240,6 +255,10 @@ class Steps:
                 self._records = self._new_records()
             if step == 0:
                 self._records.clear(num_steps if self._metrics.records_steps else 1, num_steps)
+            if self._skips is not None:
+                if step == 0:
+                    self._skips.begin(num_steps)
+                self._skips.settle(step)
             self._record(step, returned, share)
         assert self._records is not None
         return self._records.read()

@@ -60,7 +60,10 @@ class Trainer:
     Args:
         model_fn: makes and compiles the model: `() -> keras.Model`, or with `config` given, `(config) -> keras.Model`.
             It is called on every worker.
-        num_workers: how many workers hold a replica each.
+        num_workers: how many workers hold a replica each; or (at least, at most): a fit then begins with those that
+            the cluster has room for, goes on without those that die, and takes in more when there is room for them,
+            between two segments of an epoch. What it trains on is the same mini-batches; the result is as close to
+            that of a fixed number as sums in another order are.
         spares: how many more processes wait, TensorFlow imported, with the resources of a worker each, to take a dead
             one's place: that then takes a second or two instead of the start of a process. A new one is started
             instead in the background.
@@ -100,7 +103,7 @@ class Trainer:
         self,
         model_fn: "Callable[..., keras.Model]",
         *,
-        num_workers: int = 1,
+        num_workers: int | tuple[int, int] = 1,
         spares: int = 0,
         use_gpu: bool = False,
         resources_per_worker: Mapping[str, float] | None = None,
@@ -121,7 +124,7 @@ class Trainer:
     ) -> None:
         arguments.check_platform()
         self._pickled_model_fn = arguments.pickled_model_fn(model_fn, config)
-        self.num_workers, self._resources = arguments.check_resources(
+        (self.min_workers, self.num_workers), self._resources = arguments.check_resources(
             num_workers, use_gpu, resources_per_worker, placement_strategy
         )
         if threads_per_worker is not None:
@@ -144,8 +147,9 @@ class Trainer:
         if failure is not None and not isinstance(failure, FailureConfig):
             raise ConfigError(f"failure={failure!r} must be a dtrain.FailureConfig, or None")
         self.failure = failure or FailureConfig()
-        if self.spares and self.failure.on_loss == "shrink":
-            raise ConfigError(f"spares={spares} contradicts on_loss='shrink', which replaces nobody; leave out one")
+        if self.spares and (self.failure.on_loss == "shrink" or self.min_workers < self.num_workers):
+            what = "on_loss='shrink'" if self.failure.on_loss == "shrink" else f"num_workers={num_workers!r}"
+            raise ConfigError(f"spares={spares} contradicts {what}, which replaces nobody; leave out one")
         self.model_fn, self.config = model_fn, config
         self.deterministic = not use_gpu if deterministic is None else deterministic
         self.sync_batch_norm, self.sparse_as_dense = bool(sync_batch_norm), bool(sparse_as_dense)
@@ -365,6 +369,11 @@ class Trainer:
         """Where the ranks run; empty while none do."""
         return self._group.workers if self._group is not None else ()
 
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are, or (while none run) may be."""
+        return len(self.workers) or self.num_workers
+
     def shutdown(self, keep_weights: bool = True) -> None:
         """Stop the workers. The weights are kept unless told otherwise; the next verb starts workers again."""
         group, self._group = self._group, None
@@ -419,13 +428,14 @@ class Trainer:
         """
         if self._group is None or self._group.closed:
             cluster.connect(self._address, self)
-            cluster.check_resources(self.num_workers, self._resources, self._strategy, self.spares)
+            cluster.check_resources(self.min_workers, self._resources, self._strategy, self.spares)
             check_name(run_name)
 
     def _new_group(self, run_name: str, display: ProgressBar) -> WorkerGroup:
         spec = GroupSpec(
             run_name=run_name,
-            num_workers=self.num_workers,
+            num_workers=self.min_workers,
+            extra_workers=self.num_workers - self.min_workers,
             spares=self.spares,
             resources=self._resources,
             strategy=self._strategy,
@@ -464,6 +474,8 @@ class Trainer:
             keras=_keras_settings(),
             sync_batch_norm=self.sync_batch_norm,
             sparse_as_dense=self.sparse_as_dense,
+            skip_nan=self.failure.on_nan == "skip",
+            elastic=self.min_workers < self.num_workers,
         )
 
     def _name_of_fit(self, number: int) -> str:
@@ -511,13 +523,13 @@ class Trainer:
     ) -> list[Any]:
         """Run `evaluate` or `predict` on all workers; what each returned. Again with new ones where some have died."""
         hooks = arguments.callback_list(callbacks)
-        with self.interrupts, ProgressBar(verbose, 1, workers=self.num_workers, task=task) as display:
+        with self.interrupts, ProgressBar(verbose, 1, workers=self.world_size, task=task) as display:
             recoveries = Recoveries(self.failure)
             while True:
                 try:
                     return self._pass_once(task, plan, data, hooks, verbose, display)
                 except WorkerDied as error:
-                    recoveries.begin(error, 0, self.num_workers)
+                    recoveries.begin(error, 0, self.world_size)
                     if not self._weights.outlive(self._group):
                         raise
                     display.note(f"{error.message}: beginning {task} again with new workers ({recoveries})")

@@ -149,8 +149,11 @@ class SegmentResult:
         stop: training is over: a callback set `stop_training`.
         own: what this rank alone has, in a group of several: another can then be put in its place.
         callbacks: on rank 0 of such a group, for the same reason: the states of those callbacks that run there alone.
-        not_finite_from: the step of the segment from which on this rank's own metrics are not all finite, counted from
-            0; the last one where single steps are not kept; None: they are.
+        not_finite_from: the step of the segment from which on this rank's part of the loss is not finite, counted from
+            0; the last one where single steps are not kept; None: it is.
+        skipped: steps of the epoch that were left out since they made a weight NaN or infinite, and whether this rank's
+            own part of the loss was not finite.
+        spent: of `seconds`, those that this rank was "reading data" and in "callbacks" of batches.
     """
 
     position: Position
@@ -165,6 +168,8 @@ class SegmentResult:
     own: Mapping[str, Array] = field(default_factory=dict)
     callbacks: Sequence[Any] = ()
     not_finite_from: int | None = None
+    skipped: Mapping[int, bool] = field(default_factory=dict)
+    spent: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -276,6 +281,8 @@ class WorkerSettings:
         keras: what the driver has set in Keras: floatx, epsilon, image_data_format, dtype_policy.
         sync_batch_norm: BatchNormalization uses the statistics of the whole mini-batch.
         sparse_as_dense: sparse gradients are made dense and summed, instead of gathered as they are.
+        skip_nan: a training step that makes a weight NaN or infinite is put back whole.
+        elastic: the group may grow: one of a single worker, too.
     """
 
     run_name: str
@@ -287,6 +294,8 @@ class WorkerSettings:
     keras: Mapping[str, Any] = field(default_factory=dict)
     sync_batch_norm: bool = False
     sparse_as_dense: bool = False
+    skip_nan: bool = False
+    elastic: bool = False
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,11 @@ class Undo:
         number = self._num_taken.assign(len(taken))  # a step that was traced before takes fewer
         return tf.group(*taken, number, self._finished.assign(tf.cast(finished, tf.int64)))
 
+    @property
+    def copies(self) -> list[tuple[Any, tf.Variable]]:
+        """What is covered, and the copies taken last."""
+        return list(self._copies)
+
     def restore(self) -> int:
         """Put everything back to the start of the step that failed. How many steps of the call were finished."""
         for variable, copy in self._copies[: int(self._num_taken.numpy())]:
@@ -72,6 +77,54 @@ class Undo:
         for variable in variables:
             if all(variable is not known for known, _ in self._copies):
                 self._copies.append((variable, tf.Variable(tf.convert_to_tensor(variable.value), trainable=False)))
+
+
+class Skips:
+    """Steps that are put back whole, since a number that they assigned is none: NaN or infinite.
+
+    All ranks find the same, since all that is looked at is equal on them. Variables that were not finite before the
+    step are not looked at: some are made so.
+
+    Args:
+        undo: whose copies are put back; of everything.
+        metrics: whose loss tells on which rank it began.
+    """
+
+    def __init__(self, undo: Undo, metrics: MetricState) -> None:
+        self._undo = undo
+        self._metrics = metrics
+        self._codes = tf.Variable(tf.zeros([0], tf.int32), shape=[None], trainable=False)
+
+    def begin(self, num_steps: Any) -> None:
+        """Of a call."""
+        self._codes.assign(tf.zeros([num_steps], tf.int32))
+
+    def settle(self, step: Any) -> None:
+        """Look at what a step has assigned; works while tracing."""
+        own = [
+            variable
+            for variable, is_loss in zip(self._metrics.variables, self._metrics.is_of_loss(), strict=True)
+            if is_loss
+        ]
+        others = [
+            (variable, copy)
+            for variable, copy in self._undo.copies
+            if copy.dtype.is_floating and all(variable is not known for known in self._metrics.variables)
+        ]
+        finite = tf.reduce_all([_is_as_finite(variable, copy) for variable, copy in others])
+        is_own = ~tf.reduce_all([tf.reduce_all(tf.math.is_finite(variable.value)) for variable in own] or [True])
+        code = tf.where(finite, 0, 1 + tf.cast(is_own, tf.int32))
+        tf.raw_ops.ResourceScatterUpdate(resource=self._codes.handle, indices=step, updates=code)
+        for variable, copy in self._undo.copies:
+            variable.assign(tf.where(finite, variable.value, copy))
+
+    def read(self) -> dict[int, bool]:
+        """The steps of the call that were put back, and whether this rank's own part of the loss was not finite."""
+        return {step: int(code) == 2 for step, code in enumerate(self._codes.numpy()) if code}
+
+
+def _is_as_finite(variable: Any, before: tf.Variable) -> tf.Tensor:
+    return tf.reduce_all(tf.math.is_finite(variable.value) | ~tf.math.is_finite(before))
 
 
 class Records:

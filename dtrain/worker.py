@@ -17,12 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from dtrain import slim_keras
 from dtrain.callback_state import Hooks, export_state
 from dtrain.checkpoint import FileRecord, Staging
 from dtrain.data.given import unpickled
 from dtrain.errors import CheckpointError, DtrainError, LostPeer
 from dtrain.faults import Fault, Strikes
 from dtrain.types import (
+    Array,
     Batching,
     BatchPlan,
     Beat,
@@ -104,6 +106,7 @@ class Worker:
         os.environ["KERAS_BACKEND"] = "tensorflow"
         if not settings.use_gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+        slim_keras.import_keras()
         from dtrain.setup import set_up_tensorflow
 
         self._settings = settings
@@ -120,7 +123,8 @@ class Worker:
         from dtrain.collective import HorovodCollective, LocalCollective
 
         self._rank = membership.rank
-        self._collective = HorovodCollective(membership) if membership.world_size > 1 else LocalCollective()
+        is_alone = membership.world_size == 1 and not (self._settings and self._settings.elastic)
+        self._collective = LocalCollective() if is_alone else HorovodCollective(membership)
         if faults:
             from dtrain.struck_collective import StruckCollective
 
@@ -168,6 +172,7 @@ class Worker:
             self._collective,
             self._settings.sync_batch_norm,
             self._settings.sparse_as_dense,
+            self._settings.skip_nan,
             self._strikes,
         )
 
@@ -241,10 +246,11 @@ class Worker:
         self._replica.fit.catch_up(handover)
 
     @_reported
-    def resize(self, handover: Any, lost: Any) -> None:
+    def resize(self, handover: Any, lost: Any) -> dict[str, Array]:
         """After `renumber`: see `dtrain.rank_fit.RankFit.resize`."""
         _raise_failure(handover)
-        self._replica.fit.resize(handover, lost)
+        own: dict[str, Array] = self._replica.fit.resize(handover, lost)
+        return own
 
     @_reported
     def go_on(self) -> SegmentResult | None:

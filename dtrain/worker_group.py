@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import (
     GetTimeoutError,
+    ObjectLostError,
     RayActorError,
     RayError,
     RayTaskError,
@@ -32,7 +33,7 @@ from dtrain.errors import ConfigError, WorkerDied, WorkerError
 from dtrain.faults import FaultPlan
 from dtrain.interrupts import Interrupts
 from dtrain.rendezvous import RendezvousServer, Scope, assign
-from dtrain.spares import Spares
+from dtrain.spares import Room, Spares
 from dtrain.types import Array, Beat, Failure, Membership, ModelDescription, Progress, WorkerInfo, WorkerSettings
 from dtrain.worker import NO_RANK, Worker
 
@@ -54,6 +55,8 @@ DRAIN_SECONDS = 60.0
 """How long what was sent ahead to workers whose group broke may take to come back, which it does at once."""
 RESCUE_SECONDS = 10.0
 """After a failure, how long a rank has to hand over the state before its process ends, too."""
+EXTRA_SECONDS = 1.0
+"""How long the start waits for the room of a worker that it can do without."""
 START_SECONDS = 600.0
 """How long Ray may take to start the processes, what runtime_env asks for included."""
 PROGRESS_SECONDS = 1.0
@@ -82,12 +85,13 @@ class GroupSpec:
 
     Attributes:
         run_name: names the actors: `dtrain:<run>:rank<k>`.
-        num_workers: how many.
+        num_workers: how many, or how many at least.
         resources: Ray's resources of each.
         strategy: Ray's placement strategy.
         runtime_env: Ray's runtime environment.
         timeout: seconds after which a peer that says nothing is gone.
         spares: how many more processes wait to take a dead one's place.
+        extra_workers: how many more there may be where the cluster has room for them.
         settings: for a worker on a node with so many CPUs and so many workers.
     """
 
@@ -99,6 +103,7 @@ class GroupSpec:
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
     timeout: float = 60.0
     spares: int = 0
+    extra_workers: int = 0
 
 
 class WorkerGroup:
@@ -122,14 +127,16 @@ class WorkerGroup:
         self.directory: str | None = None
         """The driver's working directory, as the workers were told."""
         self._actors: list[Any] = []
-        self._bundles: list[int] = []  # of the placement group, each rank's
-        self._spares = Spares(lambda number, bundle: self._spawn(f"spare{number}", NO_RANK, bundle))
+        self._placements: list[PlacementGroup] = []
+        self._all_rooms: list[Room] = []
+        self._rooms: list[Room] = []  # each rank's
+        self._spares = Spares(lambda number, room: self._spawn(f"spare{number}", NO_RANK, room), interrupts)
+        self._looked = 0.0
         self._beats: dict[int, Any] = {}
         self._asked = 0.0
         self._ended: dict[int, str] = {}  # by us, and why
         self._told: dict[str, tuple[Any, ...]] = {}  # what a newcomer is to be told to be what the others are
         self._late_polls: dict[int, Any] = {}
-        self._placement: PlacementGroup | None = None
         self._rendezvous: RendezvousServer | None = None
         self._scope: Scope | None = None
         self._generation = 0
@@ -142,13 +149,13 @@ class WorkerGroup:
     def start(self, status: Callable[[str], None] = lambda _: None) -> None:
         """Reserve room, start the processes and form the group. A failure leaves nothing behind."""
         try:
-            self._reserve(status)
-            status(f"starting {self.spec.num_workers} worker{'s' * (self.spec.num_workers > 1)}")
-            self._bundles = list(range(self.spec.num_workers))
-            self._actors = [self._spawn(f"rank{rank}", rank, rank) for rank in self._bundles]
+            self._rooms = self._reserve(status)
+            ranks = range(len(self._rooms))
+            status(f"starting {len(ranks)} worker{'s' * (len(ranks) > 1)}")
+            self._actors = [self._spawn(f"rank{rank}", rank, self._rooms[rank]) for rank in ranks]
             self.workers = tuple(self.wait(self.submit("where"), patience=START_SECONDS))
-            self._set_up(range(self.spec.num_workers))
-            self._take_places(range(self.spec.num_workers))
+            self._set_up(ranks)
+            self._take_places(ranks)
             self.form()
         except BaseException:
             self.close()
@@ -166,13 +173,13 @@ class WorkerGroup:
             ray.kill(self._actors[rank], no_restart=True)  # or one that is only silent would go on
             for known in (self._late_polls, self._beats, self._ended):
                 known.pop(rank, None)
-            taken = self._spares.take()
+            taken = self._spares.take() if self.spec.spares else None
             if taken is not None:
                 spare, where = taken
-                self._actors[rank], self._bundles[rank] = spare.actor, spare.bundle
+                self._actors[rank], self._rooms[rank] = spare.actor, spare.room
                 found[rank] = replace(where, rank=rank)
             elif wait_for_name(self.spec.run_name, rank):
-                self._actors[rank] = self._spawn(f"rank{rank}", rank, self._bundles[rank])
+                self._actors[rank] = self._spawn(f"rank{rank}", rank, self._rooms[rank])
             else:
                 raise WorkerDied(f"rank {rank} of {self.spec.run_name} died, and Ray still holds its name", rank)
         new = [rank for rank in dead if rank not in found]
@@ -185,6 +192,59 @@ class WorkerGroup:
         for method, *args in self._told.values():
             self.wait(self.submit(method, *args, ranks=dead), ranks=dead)
 
+    def can_grow(self) -> bool:
+        """Whether a process is ready to make the group larger. Asks once a second at most, and does not wait."""
+        if not self.spec.extra_workers or self.closed or time.monotonic() - self._looked < BEAT_SECONDS:
+            return False
+        self._looked = time.monotonic()
+        self._start_spares()
+        return self._spares.have_one_ready()
+
+    def grow(self) -> list[int]:
+        """Take in the processes that are ready, as the highest ranks, and tell them all that the others were told.
+
+        The others are not touched; the new ones are in no group until `renumber` and `form`. A new one that cannot
+        follow is given up.
+
+        Returns:
+            The new ranks; none: none could.
+        """
+        before = len(self._actors)
+        while (taken := self._spares.take(patience=0)) is not None:
+            spare, where = taken
+            self.workers = (*self.workers, replace(where, rank=len(self._actors)))
+            self._actors.append(spare.actor)
+            self._rooms.append(spare.room)
+        new = list(range(before, len(self._actors)))
+        calls = self._place(new)
+        for method, *args in self._told.values():
+            calls += self.submit(method, *args, ranks=new)
+        return new if self.have_followed(new, calls) else []
+
+    def have_followed(self, new: Sequence[int], calls: Sequence[Any]) -> bool:
+        """Whether calls to new ranks, which are in no group, end well; else these are given up."""
+        self.drain(calls)
+        failures = [outcome for outcome in map(_outcome, calls) if isinstance(outcome, Failure)]
+        if failures:
+            log.warning("a worker that was to join could not: %s", failures[0].error)
+            self._dismiss(new)
+        return not failures
+
+    def _dismiss(self, ranks: Sequence[int]) -> None:
+        first = min(ranks)
+        for actor in self._actors[first:]:
+            ray.kill(actor, no_restart=True)
+        del self._actors[first:], self._rooms[first:]
+        self.workers = self.workers[:first]
+
+    def renumber(self) -> None:
+        """Tell all ranks their numbers; they are in no group then, until `form`."""
+        calls = [
+            actor.renumber.remote(membership)
+            for actor, membership in zip(self._actors, self._memberships(), strict=True)
+        ]
+        self.wait(calls)
+
     def shrink(self, dead: Sequence[int]) -> None:
         """Go on without the dead: those that live are numbered anew, in their order, and are in no group until `form`.
 
@@ -194,16 +254,12 @@ class WorkerGroup:
         for rank in dead:
             ray.kill(self._actors[rank], no_restart=True)  # or one that is only silent would go on
         self._actors = [self._actors[rank] for rank in left]
-        self._bundles = [self._bundles[rank] for rank in left]
+        self._rooms = [self._rooms[rank] for rank in left]
         self.workers = tuple(replace(self.workers[old], rank=new) for new, old in enumerate(left))
         self._late_polls = {new: self._late_polls[old] for new, old in enumerate(left) if old in self._late_polls}
         self._beats.clear()
         self._ended.clear()
-        calls = [
-            actor.renumber.remote(membership)
-            for actor, membership in zip(self._actors, self._memberships(), strict=True)
-        ]
-        self.wait(calls)
+        self.renumber()
 
     def call(self, method: str, *args: Any, watch: Callable[[bool], None] = lambda _: None) -> list[Any]:
         """Call a method on every worker and wait for all.
@@ -380,14 +436,14 @@ class WorkerGroup:
         """
         with self._interrupts.graceful():
             actors, self._actors = self._actors, []
-            placement, self._placement = self._placement, None
+            placements, self._placements = self._placements, []
             rendezvous, self._rendezvous = self._rendezvous, None
             try:
                 if ray.is_initialized():  # or they have ended with it
                     self._spares.close()
                     for actor in actors:
                         ray.kill(actor, no_restart=True)
-                    if placement is not None:
+                    for placement in placements:
                         remove_placement_group(placement)
             finally:
                 if rendezvous is not None:
@@ -405,20 +461,28 @@ class WorkerGroup:
             return None if isinstance(state, Failure) else state
         return None
 
-    def _reserve(self, status: Callable[[str], None]) -> None:
-        bundles = [dict(self.spec.resources)] * (self.spec.num_workers + self.spec.spares)
-        name = f"dtrain:{self.spec.run_name}"
+    def _reserve(self, status: Callable[[str], None]) -> list[Room]:
+        """Ask for all the rooms, and wait for those that the group cannot begin without; the rooms to begin with."""
+        spec = self.spec
+        sizes = [spec.num_workers + spec.spares] + [1] * spec.extra_workers
         with self._interrupts.graceful():  # one that is made and not known would keep its room
-            self._placement = placement_group(bundles, self.spec.strategy, name=name)
+            for number, size in enumerate(sizes):
+                name = f"dtrain:{spec.run_name}" + (f":extra{number}" if number else "")
+                self._placements.append(placement_group([dict(spec.resources)] * size, spec.strategy, name=name))
+        first, *extra = self._placements
+        self._all_rooms = [Room(first, bundle) for bundle in range(sizes[0])] + [Room(other, 0) for other in extra]
         started = time.monotonic()
-        while not self._placement.wait(timeout_seconds=2):
+        while not first.wait(timeout_seconds=2):
             self._interrupts.check()
             waited = time.monotonic() - started
-            status(f"waiting {waited:.0f} s for {self.spec.num_workers} workers' room, held by {who_is_using()}")
+            status(f"waiting {waited:.0f} s for {spec.num_workers} workers' room, held by {who_is_using()}")
+        deadline = time.monotonic() + EXTRA_SECONDS
+        there = [Room(other, 0) for other in extra if other.wait(max(0.0, deadline - time.monotonic()))]
+        return [*self._all_rooms[: spec.num_workers], *there]
 
-    def _spawn(self, name: str, rank: int, bundle: int) -> Any:
+    def _spawn(self, name: str, rank: int, room: Room) -> Any:
         """Start a process for a rank, or (NO_RANK) one that waits."""
-        strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=bundle)
+        strategy = PlacementGroupSchedulingStrategy(room.placement, placement_group_bundle_index=room.bundle)
         resources = dict(self.spec.resources)
         actor_class = ray.remote(concurrency_groups={"watch": 1, "files": 1}, max_restarts=0)(Worker)
         try:
@@ -441,32 +505,35 @@ class WorkerGroup:
         self.wait(self.submit("setup", by_node, ranks=ranks), ranks=ranks)
 
     def _settings(self) -> dict[str, WorkerSettings]:
-        """For a worker on each of the cluster's nodes."""
+        """For a worker on each of the cluster's nodes: one that will not have to share its cores with more of them."""
         cpus = {node["NodeID"]: node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"]}
         nodes = Counter(worker.node_id for worker in self.workers)
-        return {node: self.spec.settings(cpus.get(node, 1.0), max(1, nodes[node])) for node in {*cpus, *nodes}}
+        spec = self.spec
+        at_most = -(-(spec.num_workers + spec.extra_workers) // max(1, len(cpus))) if spec.extra_workers else 1
+        return {node: spec.settings(cpus.get(node, 1.0), max(at_most, nodes[node])) for node in {*cpus, *nodes}}
 
     def _take_places(self, ranks: Sequence[int]) -> None:
-        """Tell these ranks who they are, and what a test has planned for them."""
+        self.wait(self._place(ranks), ranks=ranks)
+
+    def _place(self, ranks: Sequence[int]) -> list[Any]:
+        """Tell these ranks who they are, and what a test has planned for them; the calls."""
         memberships = self._memberships()
         plan = FaultPlan.current
-        calls = [
+        return [
             self._actors[rank].take_place.remote(memberships[rank], plan.of_next_life(rank) if plan else ())
             for rank in ranks
         ]
-        self.wait(calls, ranks=ranks)
 
     def _memberships(self) -> list[Membership]:
         """Each rank's place in the group that forms next."""
         return assign([worker.node_id for worker in self.workers], self._generation)
 
     def _start_spares(self) -> None:
-        """Let there be as many as there were asked for, in the bundles that no rank has."""
-        missing = self.spec.spares - len(self._spares)
-        if missing:
-            used = {*self._bundles, *self._spares.bundles}
-            free = [bundle for bundle in range(self.spec.num_workers + self.spec.spares) if bundle not in used]
-            self._spares.start(free[:missing], self._settings())
+        """Let there be one in each room that no rank has."""
+        used = {*self._rooms, *self._spares.rooms}
+        free = [room for room in self._all_rooms if room not in used]
+        if free and (self.spec.spares or self.spec.extra_workers):
+            self._spares.start(free, self._settings())
 
     def form(self) -> None:
         """Make the ranks one group, a new one where there was one. On one machine it meets and talks on loopback."""
@@ -526,7 +593,10 @@ def _outcome(call: Any) -> Any:
         if _IMPORT_FAILED in str(error):
             return Failure(_NO_DTRAIN, traceback=str(error))
         if isinstance(error, RayTaskError):
-            return Failure(error=str(error.cause), traceback=error.traceback_str)
+            # A rank that died before it could hand over is gone for the others: what they were to be given is not.
+            is_lost = isinstance(error.cause, (RayActorError, ObjectLostError))
+            traceback = getattr(error, "traceback_str", "")  # not where what it was given could not be had
+            return Failure(error=str(error.cause), traceback=traceback, lost_peer=is_lost)
         if error.actor_init_failed:
             return Failure("the process started, but the worker in it could not", traceback=str(error))
         return Failure(error=_why_it_died(error), traceback="", died=True)

@@ -161,6 +161,9 @@ class Ranks:
 def _main(connection: Connection) -> None:
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    from dtrain.slim_keras import import_keras
+
+    import_keras()
     from dtrain.collective import Collective, HorovodCollective, LocalCollective
     from dtrain.setup import set_up_tensorflow
     from dtrain.types import WorkerSettings

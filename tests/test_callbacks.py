@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import re
 import sys
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -22,7 +24,7 @@ from warm import differences, fresh, use
 
 import dtrain
 from dtrain.callback_state import import_state
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, ReplicasDiffer
 
 for module in (models, warm, sys.modules[__name__]):
     cloudpickle.register_pickle_by_value(module)  # the workers do not have the tests' folder on their path
@@ -321,6 +323,55 @@ def test_a_callback_that_opts_in_runs_on_every_worker(trainer: dtrain.Trainer, i
     found = {path.name: json.loads(path.read_text()) for path in in_tmp.iterdir()}
     assert set(found) == {f"{worker.pid}.{epoch}" for worker in trainer.workers for epoch in (0, 1)}
     assert set(found.values()) == set(history.history["loss"])
+
+
+@pytest.mark.parametrize("what", ["in callbacks", "reading data"])
+def test_a_worker_that_keeps_the_other_waiting_is_told(
+    in_tmp: Path, local_ray: None, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    def wait() -> None:
+        import horovod.tensorflow as hvd
+
+        if hvd.is_initialized() and hvd.rank() == 1:
+            time.sleep(0.1)
+
+    @dtrain.on_every_rank
+    class Waits(callbacks.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            wait()
+
+    class Slow(dtrain.data.DataSource):
+        def __len__(self) -> int:
+            return 800
+
+        def read(self, indices: Any) -> Any:
+            wait()
+            return tuple(leaf[indices] for leaf in blobs(800))
+
+    options: dict[str, Any] = {"threads_per_worker": 1, "checkpoint": False, "tracking": False}
+    x, y = blobs(800)
+    given = {"x": x, "y": y, "callbacks": [Waits()]} if what == "in callbacks" else {"x": Slow()}
+    with dtrain.Trainer(classifier(), num_workers=2, **options) as trainer:
+        trainer.fit(**given, epochs=1, **{**FIT, "verbose": 2})
+    out = capsys.readouterr().out
+    assert out.count("is slow") == 1 and re.search(rf"rank 1 on .* the others wait .* which it spends {what}", out)
+
+
+def test_a_worker_whose_weights_become_others_is_named(in_tmp: Path, local_ray: None) -> None:
+    @dtrain.on_every_rank
+    class Differs(callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            import horovod.tensorflow as hvd
+
+            if epoch == 2 and hvd.rank() == 1:
+                self.model.layers[-1].bias.assign_add([1e-7] * 3)
+
+    x, y = blobs(16)
+    with (
+        dtrain.Trainer(classifier(), num_workers=2, threads_per_worker=1, checkpoint=False, tracking=False) as trainer,
+        pytest.raises(ReplicasDiffer, match=r"optimizer of rank 1 are not those of the others at epoch \d+, step 2"),
+    ):
+        trainer.fit(x, y, epochs=40, callbacks=[Differs()], **FIT)
 
 
 # --- writing

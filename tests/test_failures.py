@@ -1,5 +1,6 @@
 """Claims about what users see when a job goes wrong, on a real Ray: the error, how soon, and that nothing is left."""
 
+import json
 import os
 import signal
 import socket
@@ -55,8 +56,14 @@ def with_nan() -> tuple[Any, Any]:
 
 def test_a_loss_that_is_nan_ends_the_fit_and_names_step_and_rank(local_ray: None, tmp_path: Path) -> None:
     x, y = with_nan()
-    options = {"tracking": False, "checkpoint": True, "storage_path": tmp_path}
-    with dtrain.Trainer(make_classifier, num_workers=2, **options) as trainer:
+    options = {"tracking": dtrain.MLflowConfig(log_model=False), "checkpoint": True, "storage_path": tmp_path}
+
+    def make_with_a_metric_that_is_infinite() -> Any:
+        model = make_classifier()
+        model.compile("sgd", model.loss, metrics=["accuracy", lambda y, p: keras.ops.sum(p) * 0 + np.inf])
+        return model
+
+    with dtrain.Trainer(make_with_a_metric_that_is_infinite, num_workers=2, run_name="nan", **options) as trainer:
         trainer.evaluate(x[:8], y[:8], verbose=0)
         before = trainer.get_weights()
         with pytest.raises(NotFinite, match=r"the loss is nan from step 2 of the run on, first on rank 1 on") as caught:
@@ -64,6 +71,9 @@ def test_a_loss_that_is_nan_ends_the_fit_and_names_step_and_rank(local_ray: None
         assert caught.value.rank == 1
         for ours, theirs in zip(trainer.get_weights(), before, strict=True):
             assert np.array_equal(ours, theirs)  # of the checkpoint that was made before the first step
+    events = [json.loads(line) for line in (tmp_path / "nan" / "journal.jsonl").read_text().splitlines()]
+    recorded = [loss for event in events if event["event"] == "steps" for loss in event["metrics"]["loss"]]
+    assert recorded[1] == recorded[1] and recorded[2] != recorded[2]  # up to what is not a number
 
 
 def test_a_loss_that_is_nan_is_trained_on_where_that_is_asked_for(local_ray: None, tmp_path: Path, caplog: Any) -> None:
@@ -73,6 +83,45 @@ def test_a_loss_that_is_nan_is_trained_on_where_that_is_asked_for(local_ray: Non
         history = trainer.fit(x, y, batch_size=8, shuffle=False, verbose=0)
         assert np.isnan(history.history["loss"][0])
     assert "is NaN, so this would be a checkpoint that nothing can be gone on from" in caplog.text
+
+
+@pytest.mark.parametrize(("num_workers", "eagerly"), [(1, False), (2, False), (2, True)])
+def test_a_step_that_is_nan_is_left_out_as_if_its_rows_were_not_there(
+    local_ray: None, tmp_path: Path, num_workers: int, eagerly: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make_normalized() -> Any:
+        keras.utils.set_random_seed(3)
+        dense = keras.layers.Dense
+        model = keras.Sequential([keras.Input((5,)), dense(4), keras.layers.BatchNormalization(), dense(3, "softmax")])
+        loss = keras.losses.SparseCategoricalCrossentropy()
+        model.compile(keras.optimizers.Adam(0.1), loss, metrics=["accuracy"], run_eagerly=eagerly)
+        return model
+
+    x, y = with_nan()
+    without = np.delete(np.arange(64), range(16, 24))
+    failure = dtrain.FailureConfig(on_nan="skip")
+    found = []
+    for rows in (np.arange(64), without):
+        with dtrain.Trainer(make_normalized, num_workers=num_workers, failure=failure, **QUIET) as trainer:
+            history = trainer.fit(x[rows], y[rows], batch_size=8, shuffle=False, epochs=2, verbose=2)
+            optimizer = [variable.numpy() for variable in trainer.model.optimizer.variables]
+            found.append((history.history, trainer.get_weights(), optimizer))
+    (ours, weights, optimizer), (theirs, *wanted) = found
+    assert ours == theirs
+    for one, other in zip([*weights, *optimizer], [*wanted[0], *wanted[1]], strict=True):
+        assert np.array_equal(one, other)
+    out = capsys.readouterr().out
+    assert f"step 2 of the run was left out: it is not finite, on rank {num_workers - 1} on" in out
+    assert "step 10 of the run was left out" in out and out.count("was left out") == 2
+
+
+def test_steps_that_are_all_nan_end_a_fit_that_leaves_them_out(local_ray: None) -> None:
+    x, y = blobs(400)
+    failure = dtrain.FailureConfig(on_nan="skip")
+    with dtrain.Trainer(make_classifier, failure=failure, **QUIET) as trainer:
+        with pytest.raises(NotFinite, match=r"all \d+ steps from step \d+ of the run on were left out"):
+            trainer.fit(x * np.nan, y, batch_size=8, verbose=0)
+        assert np.isfinite(trainer.get_weights()[0]).all()
 
 
 class Raise(keras.callbacks.Callback):

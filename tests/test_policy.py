@@ -1,6 +1,7 @@
 """Claims about dtrain.policy: tables of pure decisions."""
 
 import math
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from dtrain.policy import (
     is_better,
     next_segment_steps,
     steps_until_checkpoint,
+    who_is_slow,
 )
 
 
@@ -89,3 +91,22 @@ def test_the_best_is_by_the_monitored_metric(
 ) -> None:
     config = CheckpointConfig(monitor=monitor, mode=mode)  # type: ignore[arg-type]
     assert is_better(config, {"val_loss": value, "val_accuracy": value}, best) is better
+
+
+def spent(reading: float = 0.0, callbacks: float = 0.0) -> dict[str, float]:
+    return {"reading data": reading, "callbacks": callbacks}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "found"),
+    [
+        ([spent(), spent(reading=0.3)], None),  # too little
+        ([spent(), spent(reading=0.9)], (1, "reading data", 0.45)),
+        ([spent(reading=0.2, callbacks=0.7), spent(reading=0.1), spent()], (0, "callbacks", 0.425)),
+        ([spent(reading=1.0), spent(reading=1.1), spent(reading=1.0)], None),  # all alike
+        ([spent(reading=1.0)], None),
+    ],
+)
+def test_who_keeps_the_others_waiting_is_slow(ranks: list[dict[str, float]], found: Any) -> None:
+    who = who_is_slow(2.0, ranks)
+    assert who == (found if found is None else (*found[:2], pytest.approx(found[2])))

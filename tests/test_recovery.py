@@ -18,9 +18,11 @@ import tensorflow as tf
 from models import blobs
 
 import dtrain
+from dtrain import worker_group
 from dtrain.cluster import NAMESPACE
 from dtrain.errors import WorkerDied, WorkerError
 from dtrain.testing import Fault, FaultPlan, delay, kill, raise_in, stop
+from dtrain.types import Failure
 
 for module in (models, sys.modules[__name__]):  # the workers do not have the tests' folder on their path
     cloudpickle.register_pickle_by_value(module)
@@ -232,25 +234,32 @@ def in_batches() -> Any:
     return tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
 
 
-def in_more_batches() -> Any:
-    x, y = blobs(100)
-    return tf.data.Dataset.from_tensor_slices((x[80:], y[80:])).batch(8)
+def in_other_batches_each_time() -> Any:
+    """Three of four batches are looked at: which, is another matter in every pass."""
+    x, y = blobs(112)
+    return tf.data.Dataset.from_tensor_slices((x[80:], y[80:])).shuffle(32, seed=1).batch(8)
 
 
-AS = {
-    "rows": lambda: {"x": blobs(100)[0], "y": blobs(100)[1], "batch_size": 8, "validation_split": 0.2},
-    "batches": lambda: {"x": in_batches, "validation_data": in_more_batches},
+AS: dict[str, tuple[Callable[[], dict[str, Any]], tuple[Fault, ...]]] = {
+    "rows": (
+        lambda: {"x": blobs(100)[0], "y": blobs(100)[1], "batch_size": 8, "validation_split": 0.2},
+        (kill(rank=2, step=2, phase="evaluate"), kill(rank=0, step=13)),
+    ),
+    "batches": (
+        lambda: {"x": in_batches, "validation_data": in_other_batches_each_time, "validation_steps": 3},
+        (kill(rank=2, step=5), kill(rank=0, step=2, phase="evaluate")),
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", AS)
 def test_who_is_left_goes_on_at_once_on_the_same_mini_batches(kind: str) -> None:
-    data = AS[kind]()
+    make_data, faults = AS[kind]
+    data = make_data()
     control = train("whole-" + kind, num_workers=3, model_fn=make_exact_model, data=data)
     found = train(
         "shrunk-" + kind,
-        kill(rank=2, step=2, phase="evaluate"),
-        kill(rank=0, step=13),
+        *faults,
         num_workers=3,
         model_fn=make_exact_model,
         data=data,
@@ -272,6 +281,19 @@ def test_who_is_left_goes_on_at_once_on_the_same_mini_batches(kind: str) -> None
     assert steps_on_record("shrunk-" + kind) == list(range(EPOCHS * STEPS))
     manifest = json.loads(Path(str(found.history.checkpoint), "manifest.json").read_text())
     assert manifest["world_size"] == 1
+
+
+def test_who_was_to_be_told_by_a_rank_that_died_has_lost_a_peer() -> None:
+    class Rank:
+        def hand_over(self) -> None:
+            os._exit(1)
+
+        def catch_up(self, handover: Any) -> None: ...
+
+    first, second = (ray.remote(num_cpus=0)(Rank).remote() for _ in range(2))
+    found = worker_group._outcome(second.catch_up.remote(first.hand_over.remote()))
+    assert isinstance(found, Failure) and found.lost_peer and not found.died
+    ray.kill(second)
 
 
 class NotesOfBatches(Notes):

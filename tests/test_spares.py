@@ -10,6 +10,7 @@ import pytest
 import ray
 
 import dtrain
+from dtrain.interrupts import Interrupts
 from dtrain.spares import Spares
 from dtrain.types import Failure
 
@@ -35,7 +36,7 @@ class Waits:
 @pytest.fixture
 def spares(local_ray: None) -> Any:
     actor_class = ray.remote(num_cpus=0)(Waits)
-    made = Spares(lambda number, bundle: actor_class.remote(number))
+    made = Spares(lambda number, room: actor_class.remote(number), Interrupts())
     yield made
     made.close()
 
@@ -44,14 +45,14 @@ def test_who_is_dead_or_could_not_get_ready_is_passed_over(spares: Any) -> None:
     spares.start([3, 4, 5], {"fails": 0})
     os.kill(ray.get(spares._waiting[1].actor.where.remote()), signal.SIGKILL)
     spare, pid = spares.take()
-    assert spare.bundle == 5 and pid == ray.get(spare.actor.where.remote())
-    assert spares.take() is None and not spares.bundles
+    assert spare.room == 5 and pid == ray.get(spare.actor.where.remote())
+    assert spares.take() is None and not spares.rooms
 
 
 def test_who_is_ready_comes_first(spares: Any) -> None:
     spares.start([0, 1], {0: 3})
     ray.wait([spares._waiting[1].ready])
-    assert [spares.take()[0].bundle for _ in range(2)] == [1, 0]
+    assert [spares.take()[0].room for _ in range(2)] == [1, 0]
 
 
 def test_spares_of_one_worker_are_refused() -> None:

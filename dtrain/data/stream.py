@@ -148,6 +148,8 @@ class StreamLoader:
         self.kind = kind
         self.batch_rows: int | None = None
         """Rows of the whole job's first mini-batch, once it is read."""
+        self.on_read_again: Callable[[], None] = lambda: None
+        """Called with each batch that is read only to get to where the input is to go on."""
         self.num_batches = source.num_batches
         if self.num_batches == 0:
             raise DataError(f"{name} has no batches; check what it was made from")
@@ -240,6 +242,7 @@ class StreamLoader:
             _, _, error = self._read(1)
             if error is not None:
                 raise error
+            self.on_read_again()
             steps = self.num_batches if self._steps is None else self._steps
             if self.num_batches is not None and steps is not None and steps >= self.num_batches:
                 self._num_read = self.num_batches  # as read whole
@@ -296,6 +299,7 @@ class StreamLoader:
             if ended and here.step == 0:
                 raise self._empty(here)
             self._drop(len(batches))
+            self.on_read_again()
             self._position = Position(here.epoch, here.step + len(batches))
             if ended or self._position.step == self.steps_in_epoch(here.epoch):
                 self._end_epoch(ran_out=ended)

@@ -1,0 +1,137 @@
+"""Claims about groups of (at least, at most) so many workers, on a real Ray: up, down and up again in one fit."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import keras
+import models
+import numpy as np
+import pytest
+import ray
+from models import blobs
+
+import dtrain
+from dtrain.errors import ConfigError
+
+for module in (models, sys.modules[__name__]):  # the workers do not have the tests' folder on their path
+    cloudpickle.register_pickle_by_value(module)
+
+CPUS = 8
+"""Of the tests' Ray."""
+
+
+def make_model() -> Any:
+    """One whose rows do not meet, in float64: any split of a mini-batch gives the same but for rounding."""
+    keras.utils.set_random_seed(4)
+    layers = [keras.layers.Dense(8, "tanh", dtype="float64"), keras.layers.Dense(3, "softmax", dtype="float64")]
+    model = keras.Sequential([keras.Input((5,)), *layers])
+    loss = keras.losses.SparseCategoricalCrossentropy(dtype="float64")
+    model.compile(keras.optimizers.Adam(0.01, epsilon=1e-3), loss, metrics=["accuracy"])
+    return model
+
+
+class Sizes(keras.callbacks.Callback):
+    """Writes down how large the group is in each step, and stops after the epoch in which it has been as it should."""
+
+    def __init__(self, file: Path, wanted: list[int]) -> None:
+        super().__init__()
+        self.file, self.wanted = file, wanted
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        import horovod.tensorflow as hvd
+
+        with self.file.open("a") as file:
+            file.write(f"{hvd.size() if hvd.is_initialized() else 1}\n")
+        time.sleep(0.02)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.model.stop_training = sizes_in(self.file) == self.wanted
+
+
+def sizes_in(file: Path) -> list[int]:
+    """Each that is followed by another, and the last; those of three steps at least."""
+    sizes = file.read_text().split() if file.exists() else []
+    found: list[int] = []
+    for index, size in enumerate(sizes):
+        if sizes[index : index + 3] == [size] * 3 and found[-1:] != [int(size)]:
+            found.append(int(size))
+    return found
+
+
+@contextmanager
+def little_room(cpus: int) -> Iterator[Any]:
+    """Inside, somebody else has all of the cluster but so many CPUs."""
+
+    class Other:
+        def is_here(self) -> bool:
+            return True
+
+    other = ray.remote(num_cpus=CPUS - cpus)(Other).remote()
+    ray.get(other.is_here.remote())
+    try:
+        yield other
+    finally:
+        ray.kill(other)
+
+
+def disturb(trainer: dtrain.Trainer, other: Any, file: Path) -> None:
+    """Make room once the fit is under way, and kill a worker once there are three."""
+    while sizes_in(file) != [2]:
+        time.sleep(0.1)
+    ray.kill(other)
+    while sizes_in(file) != [2, 3]:
+        time.sleep(0.1)
+    os.kill(trainer.workers[1].pid, signal.SIGKILL)
+
+
+def test_a_group_takes_in_workers_and_goes_on_without_the_dead(
+    local_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x, y = blobs(80)
+    data = {"x": x, "y": y, "batch_size": 8}
+    file = tmp_path / "sizes.txt"
+    options: dict[str, Any] = {"threads_per_worker": 1, "storage_path": tmp_path, "checkpoint": True}
+    tracking = dtrain.MLflowConfig(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", log_model=False)
+    with (
+        little_room(2) as other,
+        dtrain.Trainer(make_model, num_workers=(1, 3), run_name="elastic", tracking=tracking, **options) as trainer,
+    ):
+        thread = threading.Thread(target=disturb, args=(trainer, other, file), daemon=True)
+        thread.start()
+        history = trainer.fit(**data, epochs=500, verbose=2, callbacks=[Sizes(file, [2, 3, 2, 3])])
+        weights, workers = trainer.get_weights(), trainer.workers
+    epochs = len(history.epoch)
+    assert sizes_in(file) == [2, 3, 2, 3] and epochs < 500 and [worker.rank for worker in workers] == [0, 1, 2]
+    with dtrain.Trainer(make_model, tracking=False, **{**options, "checkpoint": False}) as trainer:
+        control = trainer.fit(**data, epochs=epochs, verbose=0)
+        for ours, theirs in zip(weights, trainer.get_weights(), strict=True):
+            assert np.allclose(ours, theirs, rtol=0, atol=1e-10)
+    assert history.history["loss"][-1] == pytest.approx(control.history["loss"][-1], abs=1e-6)
+    events = [json.loads(line) for line in (tmp_path / "elastic" / "journal.jsonl").read_text().splitlines()]
+    steps = [e["first_step"] + i for e in events if e["event"] == "steps" for i in range(len(e["metrics"]["loss"]))]
+    assert steps == list(range(epochs * 10))
+    (recovery,) = history.recoveries
+    assert recovery.num_workers == 2 and recovery.steps_redone == 0
+    assert "1 more: going on with 3 workers" in capsys.readouterr().out
+    manifest = json.loads(Path(str(history.checkpoint), "manifest.json").read_text())
+    assert manifest["world_size"] == 3
+
+
+@pytest.mark.parametrize("given", [(3, 2), (0, 2), (1, 2, 3), (1,), "2", (1, "2")])
+def test_numbers_of_workers_that_make_no_sense_are_refused(given: Any) -> None:
+    with pytest.raises(ConfigError, match="num_workers"):
+        dtrain.Trainer(make_model, num_workers=given)
+
+
+def test_spares_of_an_elastic_group_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"spares=1 contradicts num_workers=\(1, 3\)"):
+        dtrain.Trainer(make_model, num_workers=(1, 3), spares=1)
