@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from dtrain.callback_checkpoint import CallbackState
@@ -224,7 +225,8 @@ def write(snapshot: Snapshot, staging: Staging, rank: int) -> tuple[FileRecord, 
 def _check_numbers(state: Mapping[str, Array]) -> None:
     """Refuse what no fit could go on from."""
     for name, array in state.items():
-        if array.dtype.kind == "f" and np.isnan(array).any():
+        # NumPy does not count bfloat16 among its floating-point numbers.
+        if (array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16) and np.isnan(array).any():
             raise CheckpointError(f"{name} is NaN, so this would be a checkpoint that nothing can be gone on from")
 
 
