@@ -7,9 +7,9 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup
 
 from dtrain.interrupts import Interrupts
+from dtrain.rooms import Room
 from dtrain.types import Failure, WorkerInfo
 
 READY_SECONDS = 60.0
@@ -19,19 +19,6 @@ ANSWER_SECONDS = 10.0
 POLL_SECONDS = 0.1
 AGAIN_SECONDS = 30.0
 """A room whose process could not start is tried again after so long."""
-
-
-@dataclass(frozen=True)
-class Room:
-    """A process's place in the cluster, reserved or asked for.
-
-    Attributes:
-        placement: the placement group.
-        bundle: which of its bundles.
-    """
-
-    placement: PlacementGroup
-    bundle: int
 
 
 @dataclass(frozen=True)

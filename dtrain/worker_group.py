@@ -18,22 +18,20 @@ from typing import Any
 import ray
 from ray.exceptions import (
     GetTimeoutError,
-    ObjectLostError,
     RayActorError,
     RayError,
     RayTaskError,
-    RuntimeEnvSetupError,
-    WorkerCrashedError,
 )
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from dtrain.cluster import NAMESPACE, who_is_using
-from dtrain.errors import ConfigError, WorkerDied, WorkerError
+from dtrain.cluster import NAMESPACE
+from dtrain.errors import ConfigError, WorkerDied
 from dtrain.faults import FaultPlan
 from dtrain.interrupts import Interrupts
+from dtrain.outcomes import NOT_STARTED, error_from, outcome_of
 from dtrain.rendezvous import RendezvousServer, Scope, assign
-from dtrain.spares import Room, Spares
+from dtrain.rooms import Room, Rooms
+from dtrain.spares import Spares
 from dtrain.types import Array, Beat, Failure, Membership, ModelDescription, Progress, WorkerInfo, WorkerSettings
 from dtrain.worker import NO_RANK, Worker
 
@@ -55,8 +53,6 @@ DRAIN_SECONDS = 60.0
 """How long what was sent ahead to workers whose group broke may take to come back, which it does at once."""
 RESCUE_SECONDS = 10.0
 """After a failure, how long a rank has to hand over the state before its process ends, too."""
-EXTRA_SECONDS = 1.0
-"""How long the start waits for the room of a worker that it can do without."""
 START_SECONDS = 600.0
 """How long Ray may take to start the processes, what runtime_env asks for included."""
 PROGRESS_SECONDS = 1.0
@@ -127,8 +123,7 @@ class WorkerGroup:
         self.directory: str | None = None
         """The driver's working directory, as the workers were told."""
         self._actors: list[Any] = []
-        self._placements: list[PlacementGroup] = []
-        self._all_rooms: list[Room] = []
+        self._cluster = Rooms(spec.run_name, spec.resources, spec.strategy, interrupts)
         self._rooms: list[Room] = []  # each rank's
         self._spares = Spares(lambda number, room: self._spawn(f"spare{number}", NO_RANK, room), interrupts)
         self._looked = 0.0
@@ -149,7 +144,8 @@ class WorkerGroup:
     def start(self, status: Callable[[str], None] = lambda _: None) -> None:
         """Reserve room, start the processes and form the group. A failure leaves nothing behind."""
         try:
-            self._rooms = self._reserve(status)
+            spec = self.spec
+            self._rooms = self._cluster.reserve(spec.num_workers, spec.spares, spec.extra_workers, status)
             ranks = range(len(self._rooms))
             status(f"starting {len(ranks)} worker{'s' * (len(ranks) > 1)}")
             self._actors = [self._spawn(f"rank{rank}", rank, self._rooms[rank]) for rank in ranks]
@@ -224,7 +220,7 @@ class WorkerGroup:
     def have_followed(self, new: Sequence[int], calls: Sequence[Any]) -> bool:
         """Whether calls to new ranks, which are in no group, end well; else these are given up."""
         self.drain(calls)
-        failures = [outcome for outcome in map(_outcome, calls) if isinstance(outcome, Failure)]
+        failures = [outcome for outcome in map(outcome_of, calls) if isinstance(outcome, Failure)]
         if failures:
             log.warning("a worker that was to join could not: %s", failures[0].error)
             self._dismiss(new)
@@ -338,7 +334,7 @@ class WorkerGroup:
                 ready, _ = ray.wait(list(pending), num_returns=1 if failures else len(pending), timeout=POLL_SECONDS)
                 for call in ready:
                     rank = pending.pop(call)
-                    result = _outcome(call)
+                    result = outcome_of(call)
                     if isinstance(result, Failure) and result.died and rank in self._ended:
                         result = replace(result, error=self._ended[rank])
                     if isinstance(result, Failure) and not failures:
@@ -349,14 +345,14 @@ class WorkerGroup:
                 self._interrupts.check()
                 watch(False)
         if pending and not failures:
-            failures[min(pending.values())] = Failure(_NOT_STARTED.format(patience), traceback="", died=is_replacing)
+            failures[min(pending.values())] = Failure(NOT_STARTED.format(patience), traceback="", died=is_replacing)
         if not failures:
             return [results[rank] for rank in ranks]
         watch(True)  # what the user's code printed before it raised
-        error = self._error_from(failures)
+        error = error_from(failures, len(self._actors), self.workers)
         dead = [rank for rank, failure in failures.items() if failure.died]
         if survivable and isinstance(error, WorkerDied) and len(dead) < len(self._actors):
-            told = self._error_from(failures, are_stopped=False)
+            told = error_from(failures, len(self._actors), self.workers, are_stopped=False)
             assert isinstance(told, WorkerDied)
             raise GroupBroken(sorted(dead), told)
         self.fail(dead)
@@ -436,15 +432,13 @@ class WorkerGroup:
         """
         with self._interrupts.graceful():
             actors, self._actors = self._actors, []
-            placements, self._placements = self._placements, []
             rendezvous, self._rendezvous = self._rendezvous, None
             try:
                 if ray.is_initialized():  # or they have ended with it
                     self._spares.close()
                     for actor in actors:
                         ray.kill(actor, no_restart=True)
-                    for placement in placements:
-                        remove_placement_group(placement)
+                    self._cluster.give_back()
             finally:
                 if rendezvous is not None:
                     rendezvous.close()
@@ -460,25 +454,6 @@ class WorkerGroup:
             state: dict[str, Array] | Failure = ray.get(left[0].rescue.remote(), timeout=RESCUE_SECONDS)
             return None if isinstance(state, Failure) else state
         return None
-
-    def _reserve(self, status: Callable[[str], None]) -> list[Room]:
-        """Ask for all the rooms, and wait for those that the group cannot begin without; the rooms to begin with."""
-        spec = self.spec
-        sizes = [spec.num_workers + spec.spares] + [1] * spec.extra_workers
-        with self._interrupts.graceful():  # one that is made and not known would keep its room
-            for number, size in enumerate(sizes):
-                name = f"dtrain:{spec.run_name}" + (f":extra{number}" if number else "")
-                self._placements.append(placement_group([dict(spec.resources)] * size, spec.strategy, name=name))
-        first, *extra = self._placements
-        self._all_rooms = [Room(first, bundle) for bundle in range(sizes[0])] + [Room(other, 0) for other in extra]
-        started = time.monotonic()
-        while not first.wait(timeout_seconds=2):
-            self._interrupts.check()
-            waited = time.monotonic() - started
-            status(f"waiting {waited:.0f} s for {spec.num_workers} workers' room, held by {who_is_using()}")
-        deadline = time.monotonic() + EXTRA_SECONDS
-        there = [Room(other, 0) for other in extra if other.wait(max(0.0, deadline - time.monotonic()))]
-        return [*self._all_rooms[: spec.num_workers], *there]
 
     def _spawn(self, name: str, rank: int, room: Room) -> Any:
         """Start a process for a rank, or (NO_RANK) one that waits."""
@@ -531,7 +506,7 @@ class WorkerGroup:
     def _start_spares(self) -> None:
         """Let there be one in each room that no rank has."""
         used = {*self._rooms, *self._spares.rooms}
-        free = [room for room in self._all_rooms if room not in used]
+        free = [room for room in self._cluster.rooms if room not in used]
         if free and (self.spec.spares or self.spec.extra_workers):
             self._spares.start(free, self._settings())
 
@@ -556,65 +531,6 @@ class WorkerGroup:
         self._generation += 1
         self.wait(calls)
         self._start_spares()
-
-    def _error_from(self, failures: Mapping[int, Failure], are_stopped: bool = True) -> Exception:
-        """One error for all that was reported: of a worker that is to blame, the lowest rank's."""
-        rank = min(failures, key=lambda rank: (failures[rank].lost_peer, failures[rank].died, rank))
-        failure = failures[rank]
-        if failure.cause is not None and not failure.lost_peer:
-            return failure.cause
-        host = self.workers[rank].host if self.workers else None
-        others = sorted(set(range(len(self._actors))) - {rank}) if are_stopped else []
-        stopped = f"; rank {others[0]} was stopped" if len(others) == 1 else ""
-        if len(others) > 1:
-            stopped = f"; ranks {', '.join(map(str, others))} were stopped"
-        where = f"rank {rank} on {host or 'an unknown host'}"
-        message = f"{where}: {failure.error}{stopped}"
-        kind = WorkerDied if failure.died or failure.lost_peer else WorkerError
-        return kind(message, rank, host, failure.traceback)
-
-
-_NOT_STARTED = (
-    "the process did not start within {:g} s; why is in Ray's logs on that node,"
-    " /tmp/ray/session_latest/logs/{{raylet,runtime_env_setup}}*"
-)
-_IMPORT_FAILED = "failed to import on the worker"
-"""What Ray says of an actor whose class cannot be unpickled."""
-_NO_DTRAIN = (
-    "the process could not import dtrain; install the same dtrain on every node, and let no file of runtime_env's"
-    " hide it"
-)
-
-
-def _outcome(call: Any) -> Any:
-    try:
-        return ray.get(call, timeout=60)
-    except (RayActorError, RayTaskError) as error:
-        if _IMPORT_FAILED in str(error):
-            return Failure(_NO_DTRAIN, traceback=str(error))
-        if isinstance(error, RayTaskError):
-            # A rank that died before it could hand over is gone for the others: what they were to be given is not.
-            is_lost = isinstance(error.cause, (RayActorError, ObjectLostError))
-            traceback = getattr(error, "traceback_str", "")  # not where what it was given could not be had
-            return Failure(error=str(error.cause), traceback=traceback, lost_peer=is_lost)
-        if error.actor_init_failed:
-            return Failure("the process started, but the worker in it could not", traceback=str(error))
-        return Failure(error=_why_it_died(error), traceback="", died=True)
-    except WorkerCrashedError as error:
-        return Failure(error=_why_it_died(error), traceback="", died=True)
-    except RuntimeEnvSetupError as error:
-        return Failure(f"Ray could not set up runtime_env: {error.error_message}", traceback="")
-    except RayError as error:
-        return Failure(error=f"{type(error).__name__}: {error}", traceback="")
-
-
-def _why_it_died(error: Exception) -> str:
-    if "memory pressure" in str(error) or "running low on memory" in str(error):
-        return "the process was killed for lack of memory; use a smaller batch_size, or nodes with more memory"
-    return (
-        "the process died (killed, or crashed in native code); its output is in Ray's logs,"
-        " /tmp/ray/session_latest/logs/worker-*"
-    )
 
 
 def threads_for(cpus: float, workers_on_node: int) -> tuple[int, int]:

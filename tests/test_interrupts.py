@@ -13,7 +13,7 @@ from models import blobs, make_classifier
 from test_failures import QUIET, nothing_is_left, wait_until
 
 import dtrain
-from dtrain import fit_run, worker_group
+from dtrain import fit_run, rooms
 from dtrain.interrupts import Interrupts, Terminated, handlers_kept
 
 cloudpickle.register_pickle_by_value(models)
@@ -248,7 +248,7 @@ def test_one_signal_ends_a_fit_and_one_at_the_end_leaves_nothing_behind(
         signal.raise_signal(signal.SIGINT)
         remove(placement)
 
-    remove = worker_group.remove_placement_group
+    remove = rooms.remove_placement_group
     monkeypatch.setattr(fit_run, "ProgressBar", SwallowedWhileShowing)
     x, y = blobs(64)
     before = handlers()
@@ -258,6 +258,6 @@ def test_one_signal_ends_a_fit_and_one_at_the_end_leaves_nothing_behind(
         assert handlers() == before
         assert len(trainer.predict(x, verbose=0)) == len(x)  # the workers live
         pids = {worker.pid for worker in trainer.workers}
-        monkeypatch.setattr(worker_group, "remove_placement_group", interrupted_removal)
+        monkeypatch.setattr(rooms, "remove_placement_group", interrupted_removal)
     assert caught.type is KeyboardInterrupt and handlers() == before
     wait_until(lambda: nothing_is_left(pids))

@@ -18,9 +18,9 @@ import tensorflow as tf
 from models import blobs
 
 import dtrain
-from dtrain import worker_group
 from dtrain.cluster import NAMESPACE
 from dtrain.errors import WorkerDied, WorkerError
+from dtrain.outcomes import outcome_of
 from dtrain.testing import Fault, FaultPlan, delay, kill, raise_in, stop
 from dtrain.types import Failure
 
@@ -291,7 +291,7 @@ def test_who_was_to_be_told_by_a_rank_that_died_has_lost_a_peer() -> None:
         def catch_up(self, handover: Any) -> None: ...
 
     first, second = (ray.remote(num_cpus=0)(Rank).remote() for _ in range(2))
-    found = worker_group._outcome(second.catch_up.remote(first.hand_over.remote()))
+    found = outcome_of(second.catch_up.remote(first.hand_over.remote()))
     assert isinstance(found, Failure) and found.lost_peer and not found.died
     ray.kill(second)
 
