@@ -32,6 +32,10 @@ class Collective(Protocol):
     def world_size(self) -> int: ...
 
     @property
+    def is_alone(self) -> bool:
+        """Whether this rank is the only one, and stays so."""
+
+    @property
     def is_waiting(self) -> bool:
         """Whether this rank waits for others right now, outside of a tf.function; for another thread to look at."""
 
@@ -69,6 +73,7 @@ class LocalCollective:
 
     rank = 0
     waited = 0.0
+    is_alone = True
     world_size = 1
     is_waiting = False
 
@@ -108,6 +113,7 @@ class HorovodCollective:
         import horovod.tensorflow as hvd
 
         self._hvd = hvd
+        self.is_alone = False
         self._is_member = False
         self.is_waiting = False
         self.waited = 0.0

@@ -110,7 +110,7 @@ class Controller:
         self._segments = 0  # finished and taken in
         self._last: list[SegmentResult] = []  # of them, what each rank returned
         self._epoch_started = 0.0
-        self._is_to_grow = False
+        self._is_to_grow, self._may_grow = False, True
         self._skipped = 0
         self._slow: tuple[Any, int] = (None, 0)  # rank and what it does, and for how many segments
         self._told_slow: list[Any] = []
@@ -283,7 +283,7 @@ class Controller:
 
     def _has_newcomers(self) -> bool:
         """Whether workers wait to be taken in."""
-        self._is_to_grow = self._is_to_grow or self._group.can_grow()
+        self._is_to_grow = self._is_to_grow or (self._may_grow and self._group.can_grow())
         return self._is_to_grow
 
     def _grow(self, plan: FitPlan, callbacks: bytes, record: FitRecord) -> None:
@@ -293,7 +293,8 @@ class Controller:
         """
         group, self._is_to_grow = self._group, False
         standing, *_ = group.wait(group.submit("standing"))
-        new = group.grow() if standing.goes_on else []
+        self._may_grow = standing.goes_on
+        new = group.grow() if self._may_grow else []
         if not new:
             return
         if self._checkpointer is not None:

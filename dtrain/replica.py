@@ -141,7 +141,7 @@ class Replica:
             return False
         if not self._has_variables:
             build_variables(self.model, keras_batch(batch))
-            if self.collective.world_size > 1:
+            if not self.collective.is_alone:
                 refuse_what_cannot_be_split(self.model)
                 if self._sync_batch_norm:
                     synchronize(self.model)

@@ -97,6 +97,10 @@ class Spares:
             self._give_up(spare)
         return None
 
+    def leave_out(self, rooms: Sequence[Room]) -> None:
+        """Those who came from there could not be used: no new ones for a while."""
+        self._failed.update(dict.fromkeys(rooms, self._clock()))
+
     @property
     def rooms(self) -> list[Room]:
         """Those that have one."""
@@ -110,7 +114,7 @@ class Spares:
 
     def _give_up(self, spare: Spare) -> None:
         self._waiting.remove(spare)
-        self._failed[spare.room] = self._clock()
+        self.leave_out([spare.room])
         ray.kill(spare.actor, no_restart=True)
 
 

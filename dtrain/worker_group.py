@@ -228,6 +228,7 @@ class WorkerGroup:
 
     def _dismiss(self, ranks: Sequence[int]) -> None:
         first = min(ranks)
+        self._spares.leave_out(self._rooms[first:])
         for actor in self._actors[first:]:
             ray.kill(actor, no_restart=True)
         del self._actors[first:], self._rooms[first:]
