@@ -9,8 +9,7 @@ import socket
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest.mock import patch
 
@@ -23,6 +22,7 @@ from dtrain.interrupts import handlers_kept
 
 log = logging.getLogger("dtrain")
 
+NICENESS = "RAY_worker_niceness"
 NAMESPACE = "dtrain"
 
 
@@ -72,7 +72,7 @@ def connect(address: str | None, holder: object) -> None:
     logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_no_token_notice)
     umask = os.umask(0o077)  # Ray writes the token file as any other
     try:
-        with handlers_kept(), _workers_in_this_environment() if address is None else contextlib.nullcontext():
+        with handlers_kept(), _workers_like_this_process() if address is None else contextlib.nullcontext():
             ray.init(
                 address=address or "local",
                 namespace=NAMESPACE,
@@ -111,12 +111,17 @@ def _no_cluster(address: str | None, error: Exception) -> ConfigError:
     )
 
 
-def _workers_in_this_environment() -> AbstractContextManager[object]:
-    """Keep Ray from copying the working directory and starting every worker by `uv run` where the script was.
+@contextlib.contextmanager
+def _workers_like_this_process() -> Iterator[None]:
+    """Keep Ray from starting every worker by `uv run` in a copy of the working directory, and from making it wait.
 
-    On one machine the workers run in the script's own environment. On a cluster that copy may be what the user wants.
+    On one machine the workers run in the script's own environment; on a cluster that copy may be what the user wants.
+    Ray gives workers a niceness of 15: beside other programs small steps then take twice as long as without Ray.
     """
-    return patch.object(ray._private.ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", False)
+    settings = {NICENESS: os.environ.get(NICENESS, "0")}
+    in_script = patch.object(ray._private.ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", False)
+    with in_script, patch.dict(os.environ, settings):
+        yield
 
 
 def _is_no_token_notice(record: logging.LogRecord) -> bool:

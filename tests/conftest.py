@@ -10,6 +10,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # the session's Ray runs workers in this environment
+os.environ.setdefault("RAY_worker_niceness", "0")  # as in a local Ray that dtrain starts
 
 import cloudpickle
 import pytest

@@ -99,13 +99,14 @@ def test_a_local_ray_keeps_its_token_to_the_user(tmp_path: Path) -> None:
     assert token.stat().st_mode & 0o077 == 0
 
 
-def test_a_script_started_by_uv_run_has_its_workers_in_its_own_environment(tmp_path: Path) -> None:
+def test_a_script_started_by_uv_run_has_its_workers_in_its_own_environment_and_priority(tmp_path: Path) -> None:
     uv = shutil.which("uv") or str(Path(__file__).parents[1] / ".tools" / "bin" / "uv")
     if not Path(uv).exists():
         pytest.skip("there is no uv on this machine")
     (tmp_path / "script.py").write_text(
-        "from dtrain import cluster; import ray, sys; cluster.connect(None, cluster)\n"
-        "print(ray.get(ray.remote(lambda: sys.executable).remote(), timeout=200) == sys.executable)"
+        "from dtrain import cluster; import os, ray, sys; cluster.connect(None, cluster)\n"
+        "look = lambda: (sys.executable, os.nice(0))\n"
+        "print(ray.get(ray.remote(look).remote(), timeout=200) == look())"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     command = [uv, "run", "--no-project", "--python", sys.executable, "script.py"]
