@@ -1,0 +1,90 @@
+"""Runs the rows, prints one table, and writes it with all blocks to a JSON file, and a picture beside that."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+import ray
+
+from benchmarks.suite import measure, report
+from benchmarks.suite.contenders import WrongResult
+from benchmarks.suite.rows import OURS, ROWS, Row
+
+FOLDER = Path(__file__).parents[1]
+
+
+def run(row: Row, rounds: int) -> tuple[list[report.Line], measure.Rounds]:
+    """A row's lines, and its blocks."""
+    print(f"{row.name}: {row.title}", file=sys.stderr, flush=True)
+    with row.start() as blocks:
+        found = measure.in_turn(blocks, max(1, round(rounds * row.share)))
+    lines = []
+    for ratio in row.ratios:
+        value = ratio.of(found)
+        lines.append(
+            report.Line(
+                row=row.name,
+                title=row.title,
+                what=ratio.title,
+                unit=row.unit,
+                ours=measure.seconds(found, OURS),
+                peer=ratio.peer,
+                peer_seconds=measure.seconds(found, ratio.peer),
+                ratio=value,
+                bar=ratio.bar,
+                at_most=ratio.at_most,
+                met=ratio.is_met(value.median),
+                noise=measure.noise(found, OURS),
+            )
+        )
+        print("  " + " | ".join(report.cells(lines[-1])[1:]), file=sys.stderr, flush=True)
+    return lines, found
+
+
+def main() -> None:
+    names = [row.name for row in ROWS]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"default: all of {' '.join(names)}")
+    parser.add_argument("--blocks", type=int, default=7, help="rounds of two blocks each (7)")
+    parser.add_argument("--json", type=Path, default=FOLDER / "suite.json", help="where the figures go")
+    options = parser.parse_args()
+    if unknown := set(options.rows) - set(names):
+        parser.error(f"no row {', '.join(sorted(unknown))}; there are {' '.join(names)}")
+    ray.init(
+        address="local", num_cpus=8, namespace="dtrain", include_dashboard=False, log_to_driver=False,
+        logging_level=logging.WARNING,
+    )  # fmt: skip
+    started = time.time()
+    lines: list[report.Line] = []
+    blocks: dict[str, Any] = {}
+    wrong: dict[str, str] = {}
+    for row in ROWS:
+        if options.rows and row.name not in options.rows:
+            continue
+        try:
+            new, blocks[row.name] = run(row, options.blocks)
+            lines += new
+        except WrongResult as error:
+            wrong[row.name] = str(error)
+    ray.shutdown()
+    report.show(lines, wrong)
+    print(report.markdown(lines), file=sys.stderr)
+    machine = {"cores": os.cpu_count(), "load": os.getloadavg(), "seconds": round(time.time() - started)}
+    found = {**machine, "lines": report.as_json(lines), "blocks": blocks, "wrong": wrong}
+    options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if lines:
+        report.draw(lines, options.json.with_suffix(".png"))
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
