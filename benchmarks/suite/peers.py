@@ -153,7 +153,8 @@ class Mirrored:
             tf_keras.utils.set_random_seed(MODEL_SEED)
             self.model = self.work.make_model(tf_keras)
         self.model.set_weights(model_fn(self.work).get_weights())
-        self.dataset = self._dataset(self.work.steps, repeats=True)
+        self.steps = self.work.steps // 4  # they are long
+        self.dataset = self._dataset(self.steps, repeats=True)
 
     def check(self, steps: int) -> list[Any]:
         self.model.fit(self._dataset(steps, repeats=False), steps_per_epoch=steps, verbose=0)
@@ -163,8 +164,8 @@ class Mirrored:
     def block(self) -> float:
         """Seconds a step, of a fit's second epoch."""
         clock = self._clock()
-        self.model.fit(self.dataset, steps_per_epoch=self.work.steps, epochs=2, verbose=0, callbacks=[clock])
-        return clock.seconds[-1] / self.work.steps
+        self.model.fit(self.dataset, steps_per_epoch=self.steps, epochs=2, verbose=0, callbacks=[clock])
+        return clock.seconds[-1] / self.steps
 
     def _dataset(self, steps: int, repeats: bool) -> Any:
         """This rank's part of each mini-batch, cut beforehand: tf.data is slow at slicing single rows."""

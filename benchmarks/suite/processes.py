@@ -4,6 +4,7 @@ No Ray and no pickled code: an object is named by its class, which the child imp
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import traceback
@@ -32,7 +33,9 @@ class Group:
         self._processes: list[Any] = []
         for rank in range(ranks):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, kind, (rank, ranks, *arguments)), daemon=True)
+            process = context.Process(
+                target=_serve, args=(there, kind.__module__, kind.__name__, (rank, ranks, *arguments)), daemon=True
+            )
             with _variables(environment(rank) if callable(environment) else environment or {}):
                 process.start()
             there.close()
@@ -77,13 +80,15 @@ def _variables(values: Mapping[str, str]) -> Iterator[None]:
         yield
 
 
-def _serve(connection: Connection, kind: type, arguments: tuple[Any, ...]) -> None:
+def _serve(connection: Connection, module: str, kind: str, arguments: tuple[Any, ...]) -> None:
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)  # TensorFlow's greetings; what goes wrong is sent back
     target: Any = None
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
             try:
                 if target is None:
-                    target, answer = kind(*arguments), None
+                    target, answer = getattr(importlib.import_module(module), kind)(*arguments), None
                 else:
                     method, own = connection.recv()
                     answer = getattr(target, method)(*own)
