@@ -31,6 +31,8 @@ class WrongResult(Exception):
 
 
 class Contender(Protocol):
+    """Something that does the work of a row."""
+
     def check(self) -> list[list[Any]]:
         """The final weights of each rank that can tell them, after CHECK_STEPS mini-batches of the work."""
 
@@ -148,9 +150,13 @@ class MirroredStrategy:
         self.group.close()
 
 
-def reference_weights(name: str) -> list[Any]:
-    """Those that one plain Keras process ends with on the same mini-batches."""
-    group = Group(peers.PlainKeras, 1, name)
+def reference_weights(name: str, deterministic: bool = False) -> list[Any]:
+    """Those that one plain Keras process ends with on the same mini-batches.
+
+    Args:
+        deterministic: so are its operations, as dtrain's are; the sums of a convolution's gradient then round otherwise.
+    """
+    group = Group(peers.PlainKeras, 1, name, 0, deterministic)
     try:
         weights: list[Any] = group.call("check")[0]
         return weights

@@ -26,10 +26,17 @@ def use_threads() -> None:
 
 
 class PlainKeras:
-    """Keras as it is, on a share of the rows: one of N independent processes, or the only one."""
+    """Keras as it is, on a share of the rows: one of N independent processes, or the only one.
 
-    def __init__(self, rank: int, ranks: int, name: str, pass_steps: int = 0) -> None:
+    Args:
+        pass_steps: mini-batches that the data have, where it is not the work's number.
+        deterministic: TensorFlow's operations are.
+    """
+
+    def __init__(self, rank: int, ranks: int, name: str, pass_steps: int = 0, deterministic: bool = False) -> None:
         use_threads()
+        if deterministic:
+            tf.config.experimental.enable_op_determinism()
         self.work = work = WORKS[name]
         self.batch_size = work.batch_size // ranks
         self.model = model_fn(work)
