@@ -17,17 +17,21 @@ os.environ["RAY_worker_niceness"] = "0"  # Ray's is 15, which on a shared machin
 import ray
 
 from benchmarks.suite import measure, report
+from benchmarks.suite.machine import wait_for_calm
 from benchmarks.suite.contenders import WrongResult
 from benchmarks.suite.rows import OURS, ROWS, Row
 
 FOLDER = Path(__file__).parents[1]
 
 
-def run(row: Row, rounds: int) -> tuple[list[report.Line], measure.Rounds]:
+def run(row: Row, rounds: int, patience: float) -> tuple[list[report.Line], measure.Rounds]:
     """A row's lines, and its blocks."""
+    others: list[float] = []
     print(f"{row.name}: {row.title}", file=sys.stderr, flush=True)
     with row.start() as blocks:
-        found = measure.in_turn(blocks, max(1, round(rounds * row.share)))
+        found = measure.in_turn(
+            blocks, max(1, round(rounds * row.share)), lambda: others.append(wait_for_calm(patience))
+        )
     lines = []
     for ratio in row.ratios:
         value = ratio.of(found)
@@ -45,6 +49,7 @@ def run(row: Row, rounds: int) -> tuple[list[report.Line], measure.Rounds]:
                 at_most=ratio.at_most,
                 met=ratio.is_met(value.median),
                 noise=measure.noise(found, OURS),
+                others=measure.spread(others),
             )
         )
         print("  " + " | ".join(report.cells(lines[-1])[1:]), file=sys.stderr, flush=True)
@@ -56,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"default: all of {' '.join(names)}")
     parser.add_argument("--blocks", type=int, default=7, help="rounds of two blocks each (7)")
+    parser.add_argument("--patience", type=float, default=5.0, help="seconds that a round waits for a calm machine (5)")
     parser.add_argument("--json", type=Path, default=FOLDER / "suite.json", help="where the figures go")
     options = parser.parse_args()
     if unknown := set(options.rows) - set(names):
@@ -72,7 +78,7 @@ def main() -> None:
         if options.rows and row.name not in options.rows:
             continue
         try:
-            new, blocks[row.name] = run(row, options.blocks)
+            new, blocks[row.name] = run(row, options.blocks, options.patience)
             lines += new
         except WrongResult as error:
             wrong[row.name] = str(error)

@@ -17,7 +17,9 @@ class Spread:
     high: float
 
 
-def in_turn(blocks: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+def in_turn(
+    blocks: Mapping[str, Callable[[], float]], rounds: int, before: Callable[[], None]
+) -> dict[str, list[tuple[float, float]]]:
     """So many rounds of A B C C B A, after one of A B C that is thrown away; each round begins with another one."""
     names = [*blocks]
     for name in names:
@@ -25,6 +27,7 @@ def in_turn(blocks: Mapping[str, Callable[[], float]], rounds: int) -> dict[str,
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for number in range(rounds):
         shift = number % len(names)
+        before()
         order = names[shift:] + names[:shift]
         there = {name: blocks[name]() for name in order}
         back = {name: blocks[name]() for name in reversed(order)}

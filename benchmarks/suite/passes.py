@@ -15,7 +15,7 @@ from benchmarks.suite.contenders import TOLERANCE, WrongResult
 from benchmarks.suite.processes import Group
 from benchmarks.suite.work import THREADS, WORKS, model_fn
 
-STEPS = 240
+STEPS = 160
 """Mini-batches of a pass."""
 
 

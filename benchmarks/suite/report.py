@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.suite.measure import Spread
 
 MET, MISSED, TEXT, GRID = "#1f5fa8", "#d9730d", "#444444", "#e4e4e4"
-COLUMNS = ("work", "dtrain", "peer", "ratio", "quartiles", "bar", "met", "noise")
+COLUMNS = ("work", "dtrain", "peer", "ratio", "quartiles", "bar", "met", "noise", "others")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Line:
         peer: who it is compared with, and the seconds of it.
         ratio: the median of the rounds, with its quartiles.
         noise: dtrain against itself.
+        others: what share of the cores other processes used, when a round began.
     """
 
     row: str
@@ -36,6 +37,7 @@ class Line:
     at_most: bool
     met: bool
     noise: Spread
+    others: Spread
 
 
 def cells(line: Line) -> tuple[str, ...]:
@@ -49,6 +51,7 @@ def cells(line: Line) -> tuple[str, ...]:
         f"{'≤' if line.at_most else '≥'} {line.bar:g}",
         "yes" if line.met else "no",
         f"{line.noise.low:.2f}–{line.noise.high:.2f}",
+        f"{line.others.median:.0%}",
     )
 
 

@@ -191,7 +191,7 @@ ROWS = (
     Row(
         "evaluate",
         13,
-        "CNN, evaluate 30,720 rows, 2 workers",
+        "CNN, evaluate 20,480 rows, 2 workers",
         "row",
         lambda: evaluations("cnn", "evaluate"),
         (throughput_ratio("throughput / KI", "KI", 0.95),),
@@ -199,7 +199,7 @@ ROWS = (
     Row(
         "predict",
         13,
-        "CNN, predict 30,720 rows, 2 workers",
+        "CNN, predict 20,480 rows, 2 workers",
         "row",
         lambda: evaluations("cnn", "predict"),
         (throughput_ratio("throughput / KI", "KI", 0.95),),
