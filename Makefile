@@ -8,7 +8,7 @@ DATA ?= mnist
 # To compile TensorFlow's Python takes three times as long as to import it: only the first process is to do it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup quickstart test test-fast check soak bench-checkpoint bench-recovery clean
+.PHONY: help setup quickstart test test-fast check soak bench bench-checkpoint bench-recovery clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -43,6 +43,10 @@ check: setup ## ruff, mypy, the fences, links in Markdown
 
 soak: setup ## kill training runs 50 times, and see that they end as if nobody had (about half an hour; KILLS=8: fewer)
 	$(RUN)/python tests/soak.py --kills $(or $(KILLS),50)
+
+bench: tools ## time dtrain against plain Keras, Horovod and tf.distribute (about 20 minutes; BENCH=mlp: one row)
+	$(UV) sync --frozen --all-extras --no-extra gpu --group bench
+	$(RUN)/python -m benchmarks.suite $(BENCH)
 
 bench-checkpoint: setup ## what checkpoints in the background, and deterministic=True, cost (about 5 minutes)
 	$(RUN)/python benchmarks/checkpoint_cost.py

@@ -1,11 +1,13 @@
 """Runs the rows, prints one table, and writes it with all blocks to a JSON file, and a picture beside that."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ import ray
 
 from benchmarks.suite import measure, report
 from benchmarks.suite.machine import wait_for_calm
-from benchmarks.suite.contenders import WrongResult
 from benchmarks.suite.rows import OURS, ROWS, Row
 
 FOLDER = Path(__file__).parents[1]
@@ -56,6 +57,19 @@ def run(row: Row, rounds: int, patience: float) -> tuple[list[report.Line], meas
     return lines, found
 
 
+@contextlib.contextmanager
+def warm_ray() -> Iterator[None]:
+    """A Ray of this row's own."""
+    ray.init(
+        address="local", num_cpus=8, namespace="dtrain", include_dashboard=False, log_to_driver=False,
+        logging_level=logging.WARNING,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def main() -> None:
     names = [row.name for row in ROWS]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
@@ -66,10 +80,6 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.rows) - set(names):
         parser.error(f"no row {', '.join(sorted(unknown))}; there are {' '.join(names)}")
-    ray.init(
-        address="local", num_cpus=8, namespace="dtrain", include_dashboard=False, log_to_driver=False,
-        logging_level=logging.WARNING,
-    )  # fmt: skip
     started = time.time()
     lines: list[report.Line] = []
     blocks: dict[str, Any] = {}
@@ -78,15 +88,15 @@ def main() -> None:
         if options.rows and row.name not in options.rows:
             continue
         try:
-            new, blocks[row.name] = run(row, options.blocks, options.patience)
+            with warm_ray():
+                new, blocks[row.name] = run(row, options.blocks, options.patience)
             lines += new
-        except WrongResult as error:
-            wrong[row.name] = str(error)
-    ray.shutdown()
+        except Exception as error:  # the other rows are worth having
+            wrong[row.name] = f"{type(error).__name__}: {error}"
     report.show(lines, wrong)
     print(report.markdown(lines), file=sys.stderr)
     machine = {"cores": os.cpu_count(), "load": os.getloadavg(), "seconds": round(time.time() - started)}
-    found = {**machine, "lines": report.as_json(lines), "blocks": blocks, "wrong": wrong}
+    found = {**machine, "lines": report.as_json(lines), "blocks": blocks, "without_result": wrong}
     options.json.write_text(json.dumps(found, indent=1) + "\n")
     if lines:
         report.draw(lines, options.json.with_suffix(".png"))

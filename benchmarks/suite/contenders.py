@@ -46,11 +46,17 @@ class Ours:
 
     K steps run in one call, so a block gives one number, the mean of its steps: it holds the end of the epoch, and
     whatever the driver does meanwhile.
+
+    Args:
+        workers: how many.
+        steps: of a block; None: the work's.
+        options: of `dtrain.Trainer`.
     """
 
-    def __init__(self, name: str, workers: int = 2, **options: Any) -> None:
+    def __init__(self, name: str, workers: int = 2, steps: int | None = None, **options: Any) -> None:
         self.work, self.workers = WORKS[name], workers
-        self.data = self.work.data(self.work.steps)
+        self.steps = steps or self.work.steps
+        self.data = self.work.data(self.steps)
         self.trainer = dtrain.Trainer(
             partial(model_fn, self.work),
             num_workers=workers,
@@ -74,7 +80,7 @@ class Ours:
     def block(self) -> float:
         clock = EpochClock()
         self.trainer.fit(*self.data, batch_size=self.work.batch_size, epochs=2, verbose=0, callbacks=[clock])
-        return clock.seconds[-1] / self.work.steps
+        return clock.seconds[-1] / self.steps
 
     def close(self) -> None:
         self.trainer.shutdown()

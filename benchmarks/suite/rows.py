@@ -166,7 +166,7 @@ ROWS = (
         "step",
         lambda: steps(
             "embedding",
-            {OURS: lambda: Ours("embedding"), "dense": lambda: Ours("embedding", sparse_as_dense=True)},
+            {OURS: lambda: Ours("embedding"), "dense": lambda: Ours("embedding", steps=3, sparse_as_dense=True)},
         ),
         (throughput_ratio("dense / sparse, time", "dense", 10.0),),
         share=0.6,
@@ -186,7 +186,7 @@ ROWS = (
                 at_most=True,
             ),
         ),
-        share=0.6,
+        share=0.4,
     ),
     Row(
         "evaluate",

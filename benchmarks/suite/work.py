@@ -121,5 +121,5 @@ WORKS: Mapping[str, Work] = {
     "mlp": Work(make_mlp, (100,), 64, 200),
     "cnn": Work(make_cnn, (28, 28, 1), 128, 25),
     "deep": Work(make_deep, (8,), 64, 100),
-    "embedding": Work(make_embedding, (50,), 100, 4, vocabulary=1_000_000),
+    "embedding": Work(make_embedding, (50,), 100, 8, vocabulary=1_000_000),
 }
