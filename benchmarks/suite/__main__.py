@@ -14,7 +14,7 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-os.environ["RAY_worker_niceness"] = "0"  # Ray's is 15, which on a shared machine would be a handicap
+os.environ.update(RAY_worker_niceness="0")  # Ray's is 15, which on a shared machine would be a handicap
 
 import ray
 

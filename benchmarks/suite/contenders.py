@@ -160,7 +160,7 @@ def reference_weights(name: str, deterministic: bool = False) -> list[Any]:
     """Those that one plain Keras process ends with on the same mini-batches.
 
     Args:
-        deterministic: so are its operations, as dtrain's are; the sums of a convolution's gradient then round otherwise.
+        deterministic: its operations are, as dtrain's are; the gradient of a convolution then rounds otherwise.
     """
     group = Group(peers.PlainKeras, 1, name, 0, deterministic)
     try:

@@ -47,10 +47,10 @@ def cells(line: Line) -> tuple[str, ...]:
         _time(line.ours.median),
         f"{line.peer} {_time(line.peer_seconds.median)}",
         f"{line.ratio.median:.2f}",
-        f"{line.ratio.low:.2f}–{line.ratio.high:.2f}",
+        f"{line.ratio.low:.2f} to {line.ratio.high:.2f}",
         f"{'≤' if line.at_most else '≥'} {line.bar:g}",
         "yes" if line.met else "no",
-        f"{line.noise.low:.2f}–{line.noise.high:.2f}",
+        f"{line.noise.low:.2f} to {line.noise.high:.2f}",
         f"{line.others.median:.0%}",
     )
 

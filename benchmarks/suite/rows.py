@@ -136,7 +136,7 @@ ROWS = (
     Row(
         "cnn",
         2,
-        "CNN 28×28, 225k parameters, 128 rows over 2 workers",
+        "CNN 28 by 28, 225k parameters, 128 rows over 2 workers",
         "step",
         lambda: steps(
             "cnn",
@@ -162,7 +162,7 @@ ROWS = (
     Row(
         "embedding",
         5,
-        "embedding 1M × 64, 5,000 rows touched a step, 2 workers",
+        "embedding 1M by 64, 5,000 rows touched a step, 2 workers",
         "step",
         lambda: steps(
             "embedding",
