@@ -125,6 +125,11 @@ def check_resources(
         raise ConfigError(f"resources_per_worker['GPU']={resources['GPU']!r} must be 1 or more with use_gpu=True")
     if placement_strategy not in PLACEMENT_STRATEGIES:
         raise ConfigError(f"placement_strategy={placement_strategy!r} must be one of {', '.join(PLACEMENT_STRATEGIES)}")
+    if smallest < largest and placement_strategy.startswith("STRICT_"):
+        raise ConfigError(
+            f"placement_strategy={placement_strategy!r} cannot be kept with num_workers={num_workers!r}: workers that"
+            " join later are placed one by one; use PACK or SPREAD"
+        )
     return (smallest, largest), resources
 
 

@@ -31,8 +31,8 @@ SLOW_SEGMENTS = 3
 """A rank that keeps the others waiting for so many segments in a row is told."""
 SKIPPED_SHOWN = 3
 """So many steps that were left out are told of a segment, by number."""
-MANY_SKIPPED = 10
-"""A segment of so many steps or more that were all left out ends the fit."""
+MANY_SKIPPED = 25
+"""So many steps in a row that were left out end the fit."""
 
 
 class Display(Protocol):
@@ -111,7 +111,7 @@ class Controller:
         self._last: list[SegmentResult] = []  # of them, what each rank returned
         self._epoch_started = 0.0
         self._is_to_grow, self._may_grow = False, True
-        self._skipped = 0
+        self._skipped, self._skipped_in_a_row = 0, 0
         self._slow: tuple[Any, int] = (None, 0)  # rank and what it does, and for how many segments
         self._told_slow: list[Any] = []
         self._checkpointer: Checkpointer | None = None
@@ -139,6 +139,7 @@ class Controller:
         Raises:
             KeyboardInterrupt: it was interrupted, and stopped between two segments, with a checkpoint.
         """
+        self._display.workers = len(self._group.workers)
         if saved is None:
             record.position = Position(plan.initial_epoch, 0)
         else:
@@ -287,22 +288,36 @@ class Controller:
         return self._is_to_grow
 
     def _grow(self, plan: FitPlan, callbacks: bytes, record: FitRecord) -> None:
-        """Take in workers that are ready, between two segments: one of those that train tells them where it is.
+        """Take in workers that are ready, between two segments: rank 0 tells them where it is.
 
         One that cannot follow is given up, and nobody else has noticed anything.
+
+        Raises:
+            GroupBroken: one that trains had died before.
+            WorkerDied: one has died since; the group is closed.
         """
         group, self._is_to_grow = self._group, False
-        standing, *_ = group.wait(group.submit("standing"))
+        standing, *_ = group.wait(group.submit("standing"), self._watch, survivable=True)
         self._may_grow = standing.goes_on
-        new = group.grow() if self._may_grow else []
-        if not new:
+        if not self._may_grow:
             return
         if self._checkpointer is not None:
             self._checkpointer.finish()  # its manifest tells how many ranks there are
-        (handover,) = group.submit("hand_over", ranks=[0])
-        calls = group.submit("begin_fit", plan, callbacks, handover=handover, lost=Lost(), ranks=new)
-        if not group.have_followed(new, calls):
-            return
+        try:
+            (handover,) = group.submit("hand_over", ranks=[0])
+            new = group.grow("begin_fit", plan, callbacks, watch=self._watch, handover=handover, lost=Lost())
+            if new:
+                self._join(handover)
+        except BaseException:
+            if not group.closed:  # some may be in no group
+                group.fail()
+            raise
+        if new:
+            self._display.note(f"{len(new)} more: going on with {self._count_workers(record)} workers")
+
+    def _join(self, handover: Any) -> None:
+        """Make one group of the ranks that train and the new ones."""
+        group = self._group
         group.renumber()
         self._listen()
         own = group.wait(group.submit("resize", handover, Lost()), self._watch)
@@ -310,21 +325,22 @@ class Controller:
         group.wait(group.submit("go_on"), self._watch)
         if self._last:
             first = self._last[0]
-            self._last = [replace(first, own=each, callbacks=()) for each in own]
-            self._last[0] = replace(first, own=own[0])
+            self._last = [replace(first, own=o, callbacks=() if n else first.callbacks) for n, o in enumerate(own)]
         self._listen()
-        self._display.note(f"{len(new)} more: going on with {self._count_workers(record)} workers")
 
     def _count_workers(self, record: FitRecord) -> int:
         """Put on record how many there are by now."""
         number = self._display.workers = len(self._group.workers)
+        self._slow, self._told_slow = (None, 0), []  # ranks may have other numbers
         self._tracker.log(record.steps, {"num_workers": number})
         return number
 
     def _goes_on_without(self, num_left: int) -> bool:
         """Whether those that are left go on by themselves."""
         spec = self._group.spec
-        return self._failure.on_loss == "shrink" or (spec.extra_workers > 0 and num_left >= spec.num_workers)
+        if spec.extra_workers:
+            return num_left >= spec.num_workers
+        return self._failure.on_loss == "shrink"
 
     def _go_on(self, broken: GroupBroken, plan: FitPlan, callbacks: bytes, record: FitRecord) -> None:
         """Form the group anew, with new processes for the dead or without, from where the furthest of the others is.
@@ -441,9 +457,11 @@ class Controller:
         record.steps += result.num_steps
         self._tracker.log_steps(record.steps - _length(result.step_logs), result.step_logs, result.seconds)
         self._look_for_who_is_slow(answers)
-        if result.skipped:
-            self._tell_skipped(answers, record.steps - result.num_steps - record.position.step)
-        if self._failure.on_nan != "ignore" and not result.stop and not math.isfinite(result.logs.get("loss", 0.0)):
+        skipped = {step for answer in answers for step in answer.skipped}
+        self._tell_skipped(skipped, answers, record)
+        looks = self._failure.on_nan != "ignore" and not result.stop
+        # What a step of the model's own returned may still be NaN where the step was left out.
+        if looks and step - 1 not in skipped and not math.isfinite(result.logs.get("loss", 0.0)):
             self._end_with_what_is_not_finite(answers, record.steps - result.num_steps)
         record.position, record.stopped = result.position, result.stop
         record.logs = result.epoch_end.logs if result.epoch_end is not None else result.logs
@@ -473,25 +491,33 @@ class Controller:
             f" which it spends {'in callbacks' if what == 'callbacks' else what}"
         )
 
-    def _tell_skipped(self, answers: Sequence[SegmentResult], before: int) -> None:
-        """Say which steps of a segment were left out, `before` the epoch, and on which ranks it began.
+    def _tell_skipped(self, skipped: set[int], answers: Sequence[SegmentResult], record: FitRecord) -> None:
+        """Say which steps of a segment were left out, and on which ranks it began.
 
         Raises:
-            NotFinite: there were many, and no others.
+            NotFinite: there were too many in a row.
         """
-        result, workers = answers[0], self._group.workers
-        self._skipped += len(result.skipped)
-        for step in sorted(result.skipped)[:SKIPPED_SHOWN]:
+        first, num_steps = record.position.step, answers[0].num_steps
+        before = record.steps - num_steps - first  # the epoch
+        for step in range(first, first + num_steps) if skipped else ():
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if step in skipped else 0
+        if not skipped:
+            self._skipped_in_a_row = 0 if num_steps else self._skipped_in_a_row
+            return
+        self._skipped += len(skipped)
+        for step in sorted(skipped)[:SKIPPED_SHOWN]:
+            workers = self._group.workers
             ranks = [rank for rank, answer in enumerate(answers) if answer.skipped.get(step)]
             where = ", ".join(f"rank {rank} on {workers[rank].host}" for rank in ranks) or "all ranks"
             self._display.note(f"step {before + step} of the run was left out: it is not finite, on {where}")
-        if len(result.skipped) > SKIPPED_SHOWN:
-            self._display.note(f"{len(result.skipped) - SKIPPED_SHOWN} more steps were left out after it")
-        self._tracker.log(before + max(result.skipped), {"skipped_steps": self._skipped})
-        if len(result.skipped) == result.num_steps >= MANY_SKIPPED:
+        if len(skipped) > SKIPPED_SHOWN:
+            self._display.note(f"{len(skipped) - SKIPPED_SHOWN} more steps were left out after it")
+        self._tracker.log(before + max(skipped), {"skipped_steps": self._skipped})
+        if self._skipped_in_a_row >= MANY_SKIPPED:
+            self._group.fail()
             raise NotFinite(
-                f"all {result.num_steps} steps from step {before + min(result.skipped)} of the run on were left out: a"
-                " smaller learning rate, clipnorm in the optimizer, or a look at the data may help",
+                f"the last {self._skipped_in_a_row} steps, up to step {before + max(skipped)} of the run, were all left"
+                " out: a smaller learning rate, clipnorm in the optimizer, or a look at the data may help",
                 None,
                 None,
             )

@@ -29,6 +29,7 @@ from dtrain.data.loader import Chunk, Feed
 from dtrain.data.stream import StreamLoader
 from dtrain.errors import LostPeer, ReplicasDiffer
 from dtrain.fit_state import Handover, Lost, Part, SavedFit, Snapshot, Standing
+from dtrain.hardware import cpu
 from dtrain.metrics import last_of
 from dtrain.model import check_state, learning_rate, optimizers_of, write_state
 from dtrain.optimizer import sums_locally
@@ -231,6 +232,8 @@ class RankFit:
                 finished, states, own = self._replica.undo()
                 if finished:
                     part.add(chunk, finished, states, own)
+                    skipped = {step: own for step, own in self._replica.skipped.items() if step < finished}
+                    part.skipped.update({chunk.first_step + step: own for step, own in skipped.items()})
                     part.seconds += time.perf_counter() - started
             raise
 
@@ -257,7 +260,7 @@ class RankFit:
         self._replica.beat("the end of a segment")
         if part.ended:
             self._hooks.finish()
-        if self._segments % CHECKED_EVERY == CHECKED_EVERY - 1:
+        if self._segments % CHECKED_EVERY == CHECKED_EVERY - 1 and self._collective.world_size > 1:
             self._check_replicas(part.position)
         if part.step_logs is None:
             part.step_logs = self._replica.global_logs("train", part.states, part.own, "segment") if part.steps else {}
@@ -276,9 +279,10 @@ class RankFit:
         Raises:
             ReplicasDiffer: on all of them, naming those that differ from most, or from rank 0.
         """
-        every = self._collective.all_gather_json(checksum_of_shared(self._model), "checksum")
-        if len(set(every)) == 1:
-            return
+        found = self._collective.all_gather_json([checksum_of_shared(self._model), cpu()], "checksum")
+        every = [checksum for checksum, _ in found]
+        if len(set(every)) == 1 or len({model for _, model in found}) > 1:
+            return  # other CPUs may round otherwise, in what each rank computes of equal gradients
         usual = max(every, key=lambda checksum: (every.count(checksum), -every.index(checksum)))
         others = [rank for rank, checksum in enumerate(every) if checksum != usual]
         raise ReplicasDiffer(

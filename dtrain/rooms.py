@@ -50,21 +50,25 @@ class Rooms:
         Returns:
             The rooms of the workers to begin with, those more that are there within moments among them.
         """
-        sizes = [num_workers + spares] + [1] * extra
-        with self._interrupts.graceful():  # one that is made and not known would keep its room
-            for number, size in enumerate(sizes):
-                name = f"dtrain:{self._run_name}" + (f":extra{number}" if number else "")
-                self._placements.append(placement_group([dict(self._resources)] * size, self._strategy, name=name))
-        first, *others = self._placements
-        self.rooms = [Room(first, bundle) for bundle in range(sizes[0])] + [Room(other, 0) for other in others]
+        name = f"dtrain:{self._run_name}"
+        first = self._ask(num_workers + spares, name)
         started = time.monotonic()
         while not first.wait(timeout_seconds=2):
             self._interrupts.check()
             waited = time.monotonic() - started
             status(f"waiting {waited:.0f} s for {num_workers} workers' room, held by {who_is_using()}")
+        # Not before: Ray gives small rooms first, and these would take what the group waits for.
+        others = [self._ask(1, f"{name}:extra{number}") for number in range(extra)]
+        self.rooms = [Room(first, bundle) for bundle in range(num_workers + spares)]
+        self.rooms += [Room(other, 0) for other in others]
         deadline = time.monotonic() + EXTRA_SECONDS
         there = [Room(other, 0) for other in others if other.wait(max(0.0, deadline - time.monotonic()))]
         return [*self.rooms[:num_workers], *there]
+
+    def _ask(self, number: int, name: str) -> PlacementGroup:
+        with self._interrupts.graceful():  # one that is made and not known would keep its room
+            self._placements.append(placement_group([dict(self._resources)] * number, self._strategy, name=name))
+        return self._placements[-1]
 
     def give_back(self) -> None:
         """What is reserved, and what was asked for."""

@@ -23,6 +23,7 @@ from dtrain.checkpoint import FileRecord, Staging
 from dtrain.data.given import unpickled
 from dtrain.errors import CheckpointError, DtrainError, LostPeer
 from dtrain.faults import Fault, Strikes
+from dtrain.hardware import cpu
 from dtrain.types import (
     Array,
     Batching,
@@ -45,6 +46,7 @@ from dtrain.types import (
 
 NO_RANK = -1
 """Of a process that waits."""
+ANY_NODE = ""
 STACK_FRAMES = 12
 """So many of the innermost frames are shown of a process that hangs."""
 
@@ -92,16 +94,16 @@ class Worker:
 
         context = ray.get_runtime_context()
         gpus = tuple(int(i) for i in context.get_accelerator_ids().get("GPU", ()))
-        return WorkerInfo(self._rank, os.getpid(), socket.gethostname(), context.get_node_id(), gpus, _cpu())
+        return WorkerInfo(self._rank, os.getpid(), socket.gethostname(), context.get_node_id(), gpus, cpu())
 
     @_reported
     def setup(self, by_node: Mapping[str, WorkerSettings]) -> None:
         """Prepare the process: environment, threads, seeds and Keras's settings, before any of the user's code.
 
         Args:
-            by_node: what holds on each node of the cluster.
+            by_node: what holds on each node of the cluster; under ANY_NODE, on one that was not there then.
         """
-        settings = by_node[self.where().node_id]
+        settings = by_node.get(self.where().node_id) or by_node[ANY_NODE]
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1")
         os.environ["KERAS_BACKEND"] = "tensorflow"
         if not settings.use_gpu:
@@ -434,14 +436,6 @@ def _users_traceback(error: BaseException) -> str:
     first = next((i for i, frame in enumerate(frames) if not frame.filename.startswith(ours)), 0)
     report.stack = traceback.StackSummary.from_list(frames[first:])
     return "".join(report.format())
-
-
-def _cpu() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return "unknown"
 
 
 def _interface_of_node() -> str:

@@ -31,9 +31,9 @@ from dtrain.interrupts import Interrupts
 from dtrain.outcomes import NOT_STARTED, error_from, outcome_of
 from dtrain.rendezvous import RendezvousServer, Scope, assign
 from dtrain.rooms import Room, Rooms
-from dtrain.spares import Spares
+from dtrain.spares import READY_SECONDS, Spare, Spares
 from dtrain.types import Array, Beat, Failure, Membership, ModelDescription, Progress, WorkerInfo, WorkerSettings
-from dtrain.worker import NO_RANK, Worker
+from dtrain.worker import ANY_NODE, NO_RANK, Worker
 
 log = logging.getLogger("dtrain")
 
@@ -53,6 +53,8 @@ DRAIN_SECONDS = 60.0
 """How long what was sent ahead to workers whose group broke may take to come back, which it does at once."""
 RESCUE_SECONDS = 10.0
 """After a failure, how long a rank has to hand over the state before its process ends, too."""
+JOIN_SECONDS = 120.0
+"""How long the others wait for one that is to join, once it has built its model and opened its data."""
 START_SECONDS = 600.0
 """How long Ray may take to start the processes, what runtime_env asks for included."""
 PROGRESS_SECONDS = 1.0
@@ -102,6 +104,23 @@ class GroupSpec:
     extra_workers: int = 0
 
 
+@dataclass(frozen=True)
+class Newcomer:
+    """A worker that is to join a group, and gets ready for it.
+
+    Attributes:
+        spare: its process.
+        where: it runs.
+        calls: that get it ready.
+        told: what the ranks had been told by then.
+    """
+
+    spare: Spare
+    where: WorkerInfo
+    calls: Sequence[Any]
+    told: Mapping[str, Any]
+
+
 class WorkerGroup:
     """The workers of one Trainer, from `start` to `close`.
 
@@ -126,6 +145,7 @@ class WorkerGroup:
         self._cluster = Rooms(spec.run_name, spec.resources, spec.strategy, interrupts)
         self._rooms: list[Room] = []  # each rank's
         self._spares = Spares(lambda number, room: self._spawn(f"spare{number}", NO_RANK, room), interrupts)
+        self._newcomers: list[Newcomer] = []
         self._looked = 0.0
         self._beats: dict[int, Any] = {}
         self._asked = 0.0
@@ -135,6 +155,7 @@ class WorkerGroup:
         self._rendezvous: RendezvousServer | None = None
         self._scope: Scope | None = None
         self._generation = 0
+        self._num_replaced = 0
 
     @property
     def closed(self) -> bool:
@@ -169,15 +190,14 @@ class WorkerGroup:
             ray.kill(self._actors[rank], no_restart=True)  # or one that is only silent would go on
             for known in (self._late_polls, self._beats, self._ended):
                 known.pop(rank, None)
-            taken = self._spares.take() if self.spec.spares else None
+            taken = self._spares.take(READY_SECONDS if self.spec.spares else 0.0)
             if taken is not None:
                 spare, where = taken
                 self._actors[rank], self._rooms[rank] = spare.actor, spare.room
                 found[rank] = replace(where, rank=rank)
-            elif wait_for_name(self.spec.run_name, rank):
-                self._actors[rank] = self._spawn(f"rank{rank}", rank, self._rooms[rank])
-            else:
-                raise WorkerDied(f"rank {rank} of {self.spec.run_name} died, and Ray still holds its name", rank)
+            else:  # the dead one may still hold its name, and after a change of numbers another rank
+                self._num_replaced += 1
+                self._actors[rank] = self._spawn(f"rank{rank}.{self._num_replaced}", rank, self._rooms[rank])
         new = [rank for rank in dead if rank not in found]
         started = self.wait(self.submit("where", ranks=new), ranks=new, patience=START_SECONDS, is_replacing=True)
         found.update(zip(new, started, strict=True))
@@ -189,50 +209,69 @@ class WorkerGroup:
             self.wait(self.submit(method, *args, ranks=dead), ranks=dead)
 
     def can_grow(self) -> bool:
-        """Whether a process is ready to make the group larger. Asks once a second at most, and does not wait."""
+        """Whether a worker is ready to make the group larger. Looks once a second at most, and does not wait.
+
+        Those whose processes have started get ready while the others train: model and data need no group.
+        """
         if not self.spec.extra_workers or self.closed or time.monotonic() - self._looked < BEAT_SECONDS:
             return False
         self._looked = time.monotonic()
         self._start_spares()
-        return self._spares.have_one_ready()
+        while self._spares.have_one_ready() and (taken := self._spares.take(patience=0)) is not None:
+            spare, where = taken
+            self._newcomers.append(Newcomer(spare, where, self._get_ready(spare.actor, where), dict(self._told)))
+        return any(self.have_answered(newcomer.calls) for newcomer in self._newcomers)
 
-    def grow(self) -> list[int]:
-        """Take in the processes that are ready, as the highest ranks, and tell them all that the others were told.
+    def _get_ready(self, actor: Any, where: WorkerInfo) -> list[Any]:
+        """Tell a newcomer, as one rank more, all that the others were told; the calls."""
+        rank = len(self._actors)
+        membership = assign([worker.node_id for worker in (*self.workers, where)], self._generation)[rank]
+        plan = FaultPlan.current
+        calls = [actor.take_place.remote(membership, plan.of_next_life(rank) if plan else ())]
+        return calls + [getattr(actor, method).remote(*args) for method, *args in self._told.values()]
 
-        The others are not touched; the new ones are in no group until `renumber` and `form`. A new one that cannot
-        follow is given up.
+    def grow(self, method: str, *args: Any, watch: Callable[[bool], None], **kwargs: Any) -> list[int]:
+        """Let those that are ready join, as the highest ranks, where a last call to them ends well.
+
+        The others are not touched; the new ones are in no group until `renumber` and `form`.
 
         Returns:
             The new ranks; none: none could.
         """
+        ready = [newcomer for newcomer in self._newcomers if self.have_answered(newcomer.calls)]
+        self._newcomers = [newcomer for newcomer in self._newcomers if newcomer not in ready]
+        last = []
+        for newcomer in ready:
+            begin = getattr(newcomer.spare.actor, method).remote
+            last.append([*newcomer.calls, *self._told_since(newcomer), begin(*args, **kwargs)])
+        deadline = time.monotonic() + JOIN_SECONDS
+        flat = [call for calls in last for call in calls]
+        while not self.have_answered(flat) and time.monotonic() < deadline and not self._interrupts.requested:
+            ray.wait(flat, num_returns=len(flat), timeout=POLL_SECONDS)
+            watch(False)
         before = len(self._actors)
-        while (taken := self._spares.take(patience=0)) is not None:
-            spare, where = taken
-            self.workers = (*self.workers, replace(where, rank=len(self._actors)))
-            self._actors.append(spare.actor)
-            self._rooms.append(spare.room)
-        new = list(range(before, len(self._actors)))
-        calls = self._place(new)
-        for method, *args in self._told.values():
-            calls += self.submit(method, *args, ranks=new)
-        return new if self.have_followed(new, calls) else []
+        for newcomer, calls in zip(ready, last, strict=True):
+            problem = self._problem_of(calls)
+            if problem is not None:
+                log.warning("a worker on %s that was to join could not: %s", newcomer.where.host, problem)
+                self._spares.leave_out([newcomer.spare.room])
+                ray.kill(newcomer.spare.actor, no_restart=True)
+                continue
+            self.workers = (*self.workers, replace(newcomer.where, rank=len(self._actors)))
+            self._actors.append(newcomer.spare.actor)
+            self._rooms.append(newcomer.spare.room)
+        return list(range(before, len(self._actors)))
 
-    def have_followed(self, new: Sequence[int], calls: Sequence[Any]) -> bool:
-        """Whether calls to new ranks, which are in no group, end well; else these are given up."""
-        self.drain(calls)
-        failures = [outcome for outcome in map(outcome_of, calls) if isinstance(outcome, Failure)]
-        if failures:
-            log.warning("a worker that was to join could not: %s", failures[0].error)
-            self._dismiss(new)
-        return not failures
+    def _told_since(self, newcomer: "Newcomer") -> list[Any]:
+        """Calls that tell a newcomer what the others were told since it was."""
+        new = [told for key, told in self._told.items() if newcomer.told.get(key) is not told]
+        return [getattr(newcomer.spare.actor, method).remote(*args) for method, *args in new]
 
-    def _dismiss(self, ranks: Sequence[int]) -> None:
-        first = min(ranks)
-        self._spares.leave_out(self._rooms[first:])
-        for actor in self._actors[first:]:
-            ray.kill(actor, no_restart=True)
-        del self._actors[first:], self._rooms[first:]
-        self.workers = self.workers[:first]
+    def _problem_of(self, calls: Sequence[Any]) -> str | None:
+        if not self.have_answered(calls):
+            return f"it was not ready within {JOIN_SECONDS:g} s"
+        failures = [outcome.error for outcome in map(outcome_of, calls) if isinstance(outcome, Failure)]
+        return failures[0] if failures else None
 
     def renumber(self) -> None:
         """Tell all ranks their numbers; they are in no group then, until `form`."""
@@ -437,7 +476,8 @@ class WorkerGroup:
             try:
                 if ray.is_initialized():  # or they have ended with it
                     self._spares.close()
-                    for actor in actors:
+                    newcomers, self._newcomers = self._newcomers, []
+                    for actor in (*actors, *(newcomer.spare.actor for newcomer in newcomers)):
                         ray.kill(actor, no_restart=True)
                     self._cluster.give_back()
             finally:
@@ -486,7 +526,8 @@ class WorkerGroup:
         nodes = Counter(worker.node_id for worker in self.workers)
         spec = self.spec
         at_most = -(-(spec.num_workers + spec.extra_workers) // max(1, len(cpus))) if spec.extra_workers else 1
-        return {node: spec.settings(cpus.get(node, 1.0), max(at_most, nodes[node])) for node in {*cpus, *nodes}}
+        found = {node: spec.settings(cpus.get(node, 1.0), max(at_most, nodes[node])) for node in {*cpus, *nodes}}
+        return {**found, ANY_NODE: spec.settings(min(cpus.values(), default=1.0), at_most)}
 
     def _take_places(self, ranks: Sequence[int]) -> None:
         self.wait(self._place(ranks), ranks=ranks)
@@ -506,7 +547,7 @@ class WorkerGroup:
 
     def _start_spares(self) -> None:
         """Let there be one in each room that no rank has."""
-        used = {*self._rooms, *self._spares.rooms}
+        used = {*self._rooms, *self._spares.rooms, *(newcomer.spare.room for newcomer in self._newcomers)}
         free = [room for room in self._cluster.rooms if room not in used]
         if free and (self.spec.spares or self.spec.extra_workers):
             self._spares.start(free, self._settings())
@@ -553,13 +594,12 @@ def check_name(run_name: str) -> None:
         raise ConfigError(f"run_name={run_name!r} is training on this cluster already; choose another run_name")
 
 
-def wait_for_name(run_name: str, rank: int | None = None) -> bool:
-    """Whether no actor of that rank, or of any, is alive; one that was ended a moment ago keeps its name a while."""
+def wait_for_name(run_name: str) -> bool:
+    """Whether none of its actors is alive; one that was ended a moment ago keeps its name a while."""
     deadline = time.monotonic() + NAME_SECONDS
-    run = f"dtrain:{run_name}:"
     while time.monotonic() < deadline:
         names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
-        if not any(name.startswith(run) if rank is None else name == f"{run}rank{rank}" for name in names):
+        if not any(name.startswith(f"dtrain:{run_name}:") for name in names):
             return True
         time.sleep(POLL_SECONDS)
     return False

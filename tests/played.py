@@ -49,6 +49,9 @@ class Workers:
     def have_answered(self, calls: list[Any]) -> bool:
         return True
 
+    def can_grow(self) -> bool:
+        return False
+
     def beats(self) -> list[Any]:
         return []
 

@@ -119,7 +119,7 @@ def test_steps_that_are_all_nan_end_a_fit_that_leaves_them_out(local_ray: None) 
     x, y = blobs(400)
     failure = dtrain.FailureConfig(on_nan="skip")
     with dtrain.Trainer(make_classifier, failure=failure, **QUIET) as trainer:
-        with pytest.raises(NotFinite, match=r"all \d+ steps from step \d+ of the run on were left out"):
+        with pytest.raises(NotFinite, match=r"the last \d+ steps, up to step \d+ of the run, were all left"):
             trainer.fit(x * np.nan, y, batch_size=8, verbose=0)
         assert np.isfinite(trainer.get_weights()[0]).all()
 
@@ -333,7 +333,11 @@ class TestBeforeAnythingStarts:
             ({"model_fn": make_classifier, "config": {"a": 1}}, ["model_fn(config)"]),
             ({"num_workers": 0}, ["num_workers=0", "1 or more"]),
             ({"num_workers": 2.5}, ["num_workers=2.5", "whole number"]),
-            ({"num_workers": (1, 3)}, ["num_workers=(1, 3)", "elastic"]),
+            ({"num_workers": (3, 1)}, ["num_workers=(3, 1)", "at least, at most"]),
+            (
+                {"num_workers": (1, 3), "placement_strategy": "STRICT_SPREAD"},
+                ["placement_strategy='STRICT_SPREAD'", "num_workers=(1, 3)"],
+            ),
             ({"resources_per_worker": {"CPU": -1}}, ["resources_per_worker['CPU']=-1", "0 or more"]),
             ({"placement_strategy": "NEAR"}, ["placement_strategy='NEAR'", "STRICT_SPREAD"]),
             ({"threads_per_worker": 0}, ["threads_per_worker=0"]),

@@ -18,7 +18,7 @@ STOREYS = {
     " lease checkpoint runs tracking journal mlflow_run progress plots description history setup"
     " driver_tensorflow horovod_build _horovod_cmake data.blocks data.files data.columns"
     " data.parquet_files data.checks data.tf_records data.ray_blocks callback_state schedules data.given data.stream"
-    " state_tree callback_checkpoint interrupts fit_state slim_keras",
+    " state_tree callback_checkpoint interrupts fit_state slim_keras hardware",
     "one rank": "replica rank_fit rank_state batch_hooks undo struck_collective feeds step optimizer losses metrics"
     " batch_norm callbacks",
     "many": "worker_group rooms spares outcomes worker telemetry cluster",
