@@ -9,7 +9,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from dtrain.cluster import who_is_using
 from dtrain.interrupts import Interrupts
 
-EXTRA_SECONDS = 1.0
+EXTRA_SECONDS = 5.0
 """How long a start waits for the room of workers that it can do without."""
 
 
