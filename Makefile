@@ -44,7 +44,7 @@ check: setup ## ruff, mypy, the fences, links in Markdown
 soak: setup ## kill training runs 50 times, and see that they end as if nobody had (about half an hour; KILLS=8: fewer)
 	$(RUN)/python tests/soak.py --kills $(or $(KILLS),50)
 
-bench: tools ## time dtrain against plain Keras, Horovod and tf.distribute (about 20 minutes; BENCH=mlp: one row)
+bench: tools ## time dtrain against plain Keras, Horovod and tf.distribute (about half an hour; BENCH=mlp: one row)
 	$(UV) sync --frozen --all-extras --no-extra gpu --group bench
 	$(RUN)/python -m benchmarks.suite $(BENCH)
 

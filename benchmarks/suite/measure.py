@@ -1,4 +1,7 @@
-"""Owns how blocks are put in turn and what ratios are made of them."""
+"""Owns how blocks are put in turn and what ratios are made of them.
+
+Of a contender's two blocks in a round the faster one counts: what disturbs a block only ever makes it longer.
+"""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -43,13 +46,13 @@ def spread(values: Sequence[float]) -> Spread:
 
 def ratio(rounds: Rounds, above: str, below: str) -> Spread:
     """Of what two contenders took, round by round."""
-    return spread([sum(one) / sum(other) for one, other in zip(rounds[above], rounds[below], strict=True)])
+    return spread([min(one) / min(other) for one, other in zip(rounds[above], rounds[below], strict=True)])
 
 
 def ratio_to_sum(rounds: Rounds, above: str, below: Sequence[str], more: float) -> Spread:
     """Of what one took to what others took together, and `more` seconds."""
-    sums = [more * 2 + sum(sum(rounds[name][i]) for name in below) for i in range(len(rounds[above]))]
-    return spread([sum(one) / total for one, total in zip(rounds[above], sums, strict=True)])
+    sums = [more + sum(min(rounds[name][i]) for name in below) for i in range(len(rounds[above]))]
+    return spread([min(one) / total for one, total in zip(rounds[above], sums, strict=True)])
 
 
 def noise(rounds: Rounds, name: str) -> Spread:
@@ -58,4 +61,4 @@ def noise(rounds: Rounds, name: str) -> Spread:
 
 
 def seconds(rounds: Rounds, name: str) -> Spread:
-    return spread([value for pair in rounds[name] for value in pair])
+    return spread([min(pair) for pair in rounds[name]])
