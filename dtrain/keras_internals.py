@@ -16,6 +16,7 @@ from keras.src.backend import compute_output_spec
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.variables import Variable
 from keras.src.backend.tensorflow import nn as backend_nn
+from keras.src.backend.tensorflow import numpy as backend_numpy
 from keras.src.losses import loss as loss_module
 from keras.src.metrics.reduction_metrics import Mean
 from keras.src.random import seed_generator as seed_module
@@ -32,8 +33,10 @@ from dtrain.types import Shapes, Tree
 __all__ = [
     "KerasInput",
     "Mean",
+    "Variable",
     "accumulators_of",
     "backend_nn",
+    "backend_numpy",
     "build_from_batch",
     "build_from_inputs",
     "compiled_parts",

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from dtrain import lookups
 from dtrain.batch_norm import synchronized_moments
 from dtrain.collective import Collective
 from dtrain.data.source import keras_batch, leaves, map_tree
@@ -268,9 +269,10 @@ class Steps:
         if hasattr(step, "python_function"):  # a tf.function: its trace may be of another step, not over ranks
             step = tf.autograph.to_graph(step.python_function)
         if self._collective.world_size == 1:
-            return dict(step(data))
+            with lookups.by_rows():
+                return dict(step(data))
         before = self._metrics.read()
-        with self._over_ranks(share, whole):
+        with lookups.by_rows(), self._over_ranks(share, whole):
             logs = dict(step(data))
         if whole and self._collective.rank > 0:
             self._metrics.assign(before)

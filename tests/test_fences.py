@@ -20,7 +20,7 @@ STOREYS = {
     " data.parquet_files data.checks data.tf_records data.ray_blocks callback_state schedules data.given data.stream"
     " state_tree callback_checkpoint interrupts fit_state slim_keras hardware",
     "one rank": "replica rank_fit rank_state batch_hooks undo struck_collective feeds step optimizer losses metrics"
-    " batch_norm callbacks",
+    " batch_norm lookups callbacks",
     "many": "worker_group rooms spares outcomes worker telemetry cluster",
     "decisions": "controller checkpointer recoveries heartbeat policy",
     "faces": "trainer weights fit_run resume arguments named cli doctor testing",
@@ -30,7 +30,7 @@ STOREYS = {
 OWNERS = {
     "ray": "cluster worker_group rooms spares outcomes worker telemetry data.ray_*",
     "tensorflow": "driver_tensorflow replica undo struck_collective feeds step optimizer losses metrics batch_norm"
-    " collective setup data.tf_*",
+    " lookups collective setup data.tf_*",
     "keras": "model keras_internals replica rank_fit undo rank_state step optimizer losses metrics batch_norm callbacks"
     " setup schedules",
     "keras.src": "keras_internals",
