@@ -109,11 +109,18 @@ def test_a_group_takes_in_workers_and_goes_on_without_the_dead(
         thread.start()
         history = trainer.fit(**data, epochs=500, verbose=2, callbacks=[Sizes(file, [2, 3, 2, 3])])
         weights, workers = trainer.get_weights(), trainer.workers
+        evaluated = trainer.evaluate(x, y, verbose=0)
+        trainer.fit(**data, epochs=1, verbose=0)
+        later = trainer.get_weights()
     epochs = len(history.epoch)
     assert sizes_in(file)[-4:] == [2, 3, 2, 3] and epochs < 500 and [worker.rank for worker in workers] == [0, 1, 2]
     with dtrain.Trainer(make_model, tracking=False, **{**options, "checkpoint": False}) as trainer:
         control = trainer.fit(**data, epochs=epochs, verbose=0)
         for ours, theirs in zip(weights, trainer.get_weights(), strict=True):
+            assert np.allclose(ours, theirs, rtol=0, atol=1e-10)
+        assert evaluated == pytest.approx(trainer.evaluate(x, y, verbose=0), abs=1e-6)
+        trainer.fit(**data, epochs=1, verbose=0)
+        for ours, theirs in zip(later, trainer.get_weights(), strict=True):
             assert np.allclose(ours, theirs, rtol=0, atol=1e-10)
     assert history.history["loss"][-1] == pytest.approx(control.history["loss"][-1], abs=1e-6)
     events = [json.loads(line) for line in (tmp_path / "elastic" / "journal.jsonl").read_text().splitlines()]
