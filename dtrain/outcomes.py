@@ -28,6 +28,11 @@ _NO_DTRAIN = (
 )
 
 
+def have_answered(calls: Sequence[Any]) -> bool:
+    """Whether all calls have ended, well or not. Does not wait."""
+    return len(ray.wait(list(calls), num_returns=len(calls), timeout=0)[0]) == len(calls)
+
+
 def outcome_of(call: Any) -> Any:
     """What a call that has ended returned, or a Failure."""
     try:

@@ -28,10 +28,11 @@ from dtrain.cluster import NAMESPACE
 from dtrain.errors import ConfigError, WorkerDied
 from dtrain.faults import FaultPlan
 from dtrain.interrupts import Interrupts
-from dtrain.outcomes import NOT_STARTED, error_from, outcome_of
+from dtrain.newcomers import Newcomers
+from dtrain.outcomes import NOT_STARTED, error_from, have_answered, outcome_of
 from dtrain.rendezvous import RendezvousServer, Scope, assign
 from dtrain.rooms import Room, Rooms
-from dtrain.spares import READY_SECONDS, Spare, Spares
+from dtrain.spares import READY_SECONDS, Spares
 from dtrain.types import Array, Beat, Failure, Membership, ModelDescription, Progress, WorkerInfo, WorkerSettings
 from dtrain.worker import ANY_NODE, NO_RANK, Worker
 
@@ -53,8 +54,6 @@ DRAIN_SECONDS = 60.0
 """How long what was sent ahead to workers whose group broke may take to come back, which it does at once."""
 RESCUE_SECONDS = 10.0
 """After a failure, how long a rank has to hand over the state before its process ends, too."""
-JOIN_SECONDS = 120.0
-"""How long the others wait for one that is to join, once it has built its model and opened its data."""
 START_SECONDS = 600.0
 """How long Ray may take to start the processes, what runtime_env asks for included."""
 PROGRESS_SECONDS = 1.0
@@ -104,23 +103,6 @@ class GroupSpec:
     extra_workers: int = 0
 
 
-@dataclass(frozen=True)
-class Newcomer:
-    """A worker that is to join a group, and gets ready for it.
-
-    Attributes:
-        spare: its process.
-        where: it runs.
-        calls: that get it ready.
-        told: what the ranks had been told by then.
-    """
-
-    spare: Spare
-    where: WorkerInfo
-    calls: Sequence[Any]
-    told: Mapping[str, Any]
-
-
 class WorkerGroup:
     """The workers of one Trainer, from `start` to `close`.
 
@@ -145,7 +127,7 @@ class WorkerGroup:
         self._cluster = Rooms(spec.run_name, spec.resources, spec.strategy, interrupts)
         self._rooms: list[Room] = []  # each rank's
         self._spares = Spares(lambda number, room: self._spawn(f"spare{number}", NO_RANK, room), interrupts)
-        self._newcomers: list[Newcomer] = []
+        self._newcomers = Newcomers(self._spares, interrupts)
         self._looked = 0.0
         self._beats: dict[int, Any] = {}
         self._asked = 0.0
@@ -209,26 +191,19 @@ class WorkerGroup:
             self.wait(self.submit(method, *args, ranks=dead), ranks=dead)
 
     def can_grow(self) -> bool:
-        """Whether a worker is ready to make the group larger. Looks once a second at most, and does not wait.
-
-        Those whose processes have started get ready while the others train: model and data need no group.
-        """
+        """Whether a worker is ready to make the group larger. Looks once a second at most, and does not wait."""
         if not self.spec.extra_workers or self.closed or time.monotonic() - self._looked < BEAT_SECONDS:
             return False
         self._looked = time.monotonic()
         self._start_spares()
-        while self._spares.have_one_ready() and (taken := self._spares.take(patience=0)) is not None:
-            spare, where = taken
-            self._newcomers.append(Newcomer(spare, where, self._get_ready(spare.actor, where), dict(self._told)))
-        return any(self.have_answered(newcomer.calls) for newcomer in self._newcomers)
+        return self._newcomers.get_ready(self._told, self._place_one_more)
 
-    def _get_ready(self, actor: Any, where: WorkerInfo) -> list[Any]:
-        """Tell a newcomer, as one rank more, all that the others were told; the calls."""
+    def _place_one_more(self, actor: Any, where: WorkerInfo) -> Any:
+        """Tell a process that it is one rank more; the call."""
         rank = len(self._actors)
         membership = assign([worker.node_id for worker in (*self.workers, where)], self._generation)[rank]
         plan = FaultPlan.current
-        calls = [actor.take_place.remote(membership, plan.of_next_life(rank) if plan else ())]
-        return calls + [getattr(actor, method).remote(*args) for method, *args in self._told.values()]
+        return actor.take_place.remote(membership, plan.of_next_life(rank) if plan else ())
 
     def grow(self, method: str, *args: Any, watch: Callable[[bool], None], **kwargs: Any) -> list[int]:
         """Let those that are ready join, as the highest ranks, where a last call to them ends well.
@@ -238,40 +213,13 @@ class WorkerGroup:
         Returns:
             The new ranks; none: none could.
         """
-        ready = [newcomer for newcomer in self._newcomers if self.have_answered(newcomer.calls)]
-        self._newcomers = [newcomer for newcomer in self._newcomers if newcomer not in ready]
-        last = []
-        for newcomer in ready:
-            begin = getattr(newcomer.spare.actor, method).remote
-            last.append([*newcomer.calls, *self._told_since(newcomer), begin(*args, **kwargs)])
-        deadline = time.monotonic() + JOIN_SECONDS
-        flat = [call for calls in last for call in calls]
-        while not self.have_answered(flat) and time.monotonic() < deadline and not self._interrupts.requested:
-            ray.wait(flat, num_returns=len(flat), timeout=POLL_SECONDS)
-            watch(False)
         before = len(self._actors)
-        for newcomer, calls in zip(ready, last, strict=True):
-            problem = self._problem_of(calls)
-            if problem is not None:
-                log.warning("a worker on %s that was to join could not: %s", newcomer.where.host, problem)
-                self._spares.leave_out([newcomer.spare.room])
-                ray.kill(newcomer.spare.actor, no_restart=True)
-                continue
+        last = (method, args, kwargs)
+        for newcomer in self._newcomers.join(self._told, last, watch):
             self.workers = (*self.workers, replace(newcomer.where, rank=len(self._actors)))
             self._actors.append(newcomer.spare.actor)
             self._rooms.append(newcomer.spare.room)
         return list(range(before, len(self._actors)))
-
-    def _told_since(self, newcomer: "Newcomer") -> list[Any]:
-        """Calls that tell a newcomer what the others were told since it was."""
-        new = [told for key, told in self._told.items() if newcomer.told.get(key) is not told]
-        return [getattr(newcomer.spare.actor, method).remote(*args) for method, *args in new]
-
-    def _problem_of(self, calls: Sequence[Any]) -> str | None:
-        if not self.have_answered(calls):
-            return f"it was not ready within {JOIN_SECONDS:g} s"
-        failures = [outcome.error for outcome in map(outcome_of, calls) if isinstance(outcome, Failure)]
-        return failures[0] if failures else None
 
     def renumber(self) -> None:
         """Tell all ranks their numbers; they are in no group then, until `form`."""
@@ -344,7 +292,7 @@ class WorkerGroup:
 
     def have_answered(self, calls: Sequence[Any]) -> bool:
         """Whether `wait` would return at once."""
-        return len(ray.wait(list(calls), num_returns=len(calls), timeout=0)[0]) == len(calls)
+        return have_answered(calls)
 
     def wait(
         self,
@@ -476,8 +424,8 @@ class WorkerGroup:
             try:
                 if ray.is_initialized():  # or they have ended with it
                     self._spares.close()
-                    newcomers, self._newcomers = self._newcomers, []
-                    for actor in (*actors, *(newcomer.spare.actor for newcomer in newcomers)):
+                    self._newcomers.close()
+                    for actor in actors:
                         ray.kill(actor, no_restart=True)
                     self._cluster.give_back()
             finally:
@@ -547,7 +495,7 @@ class WorkerGroup:
 
     def _start_spares(self) -> None:
         """Let there be one in each room that no rank has."""
-        used = {*self._rooms, *self._spares.rooms, *(newcomer.spare.room for newcomer in self._newcomers)}
+        used = {*self._rooms, *self._spares.rooms, *self._newcomers.rooms}
         free = [room for room in self._cluster.rooms if room not in used]
         if free and (self.spec.spares or self.spec.extra_workers):
             self._spares.start(free, self._settings())
