@@ -71,3 +71,15 @@ def make_witnessed(config: dict[str, str]) -> Any:
     model = keras.Sequential([keras.Input((5,)), Witness(), keras.layers.Dense(3)])
     model.compile("sgd", "mse")
     return model
+
+
+def make_exact_model() -> Any:
+    """One whose rows do not meet, in float64: any split of a mini-batch gives the same but for rounding."""
+    import keras
+
+    keras.utils.set_random_seed(4)
+    layers = [keras.layers.Dense(8, "tanh", dtype="float64"), keras.layers.Dense(3, "softmax", dtype="float64")]
+    model = keras.Sequential([keras.Input((5,)), *layers])
+    loss = keras.losses.SparseCategoricalCrossentropy(dtype="float64")
+    model.compile(keras.optimizers.Adam(0.01, epsilon=1e-3), loss, metrics=["accuracy"])
+    return model

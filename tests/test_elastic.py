@@ -17,7 +17,7 @@ import models
 import numpy as np
 import pytest
 import ray
-from models import blobs
+from models import blobs, make_exact_model
 
 import dtrain
 from dtrain.errors import ConfigError
@@ -27,16 +27,6 @@ for module in (models, sys.modules[__name__]):  # the workers do not have the te
 
 CPUS = 8
 """Of the tests' Ray."""
-
-
-def make_model() -> Any:
-    """One whose rows do not meet, in float64: any split of a mini-batch gives the same but for rounding."""
-    keras.utils.set_random_seed(4)
-    layers = [keras.layers.Dense(8, "tanh", dtype="float64"), keras.layers.Dense(3, "softmax", dtype="float64")]
-    model = keras.Sequential([keras.Input((5,)), *layers])
-    loss = keras.losses.SparseCategoricalCrossentropy(dtype="float64")
-    model.compile(keras.optimizers.Adam(0.01, epsilon=1e-3), loss, metrics=["accuracy"])
-    return model
 
 
 class Sizes(keras.callbacks.Callback):
@@ -103,7 +93,9 @@ def test_a_group_takes_in_workers_and_goes_on_without_the_dead(
     tracking = dtrain.MLflowConfig(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", log_model=False)
     with (
         little_room(2) as other,
-        dtrain.Trainer(make_model, num_workers=(1, 3), run_name="elastic", tracking=tracking, **options) as trainer,
+        dtrain.Trainer(
+            make_exact_model, num_workers=(1, 3), run_name="elastic", tracking=tracking, **options
+        ) as trainer,
     ):
         thread = threading.Thread(target=disturb, args=(trainer, other, file), daemon=True)
         thread.start()
@@ -114,7 +106,7 @@ def test_a_group_takes_in_workers_and_goes_on_without_the_dead(
         later = trainer.get_weights()
     epochs = len(history.epoch)
     assert sizes_in(file)[-4:] == [2, 3, 2, 3] and epochs < 500 and [worker.rank for worker in workers] == [0, 1, 2]
-    with dtrain.Trainer(make_model, tracking=False, **{**options, "checkpoint": False}) as trainer:
+    with dtrain.Trainer(make_exact_model, tracking=False, **{**options, "checkpoint": False}) as trainer:
         control = trainer.fit(**data, epochs=epochs, verbose=0)
         for ours, theirs in zip(weights, trainer.get_weights(), strict=True):
             assert np.allclose(ours, theirs, rtol=0, atol=1e-10)
@@ -136,9 +128,9 @@ def test_a_group_takes_in_workers_and_goes_on_without_the_dead(
 @pytest.mark.parametrize("given", [(3, 2), (0, 2), (1, 2, 3), (1,), "2", (1, "2")])
 def test_numbers_of_workers_that_make_no_sense_are_refused(given: Any) -> None:
     with pytest.raises(ConfigError, match="num_workers"):
-        dtrain.Trainer(make_model, num_workers=given)
+        dtrain.Trainer(make_exact_model, num_workers=given)
 
 
 def test_spares_of_an_elastic_group_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"spares=1 contradicts num_workers=\(1, 3\)"):
-        dtrain.Trainer(make_model, num_workers=(1, 3), spares=1)
+        dtrain.Trainer(make_exact_model, num_workers=(1, 3), spares=1)

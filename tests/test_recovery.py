@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import ray
 import tensorflow as tf
-from models import blobs
+from models import blobs, make_exact_model
 
 import dtrain
 from dtrain.cluster import NAMESPACE
@@ -217,16 +217,6 @@ def test_spares_take_the_places_of_the_dead_and_new_ones_wait(undisturbed: Outco
 
 
 # --- without the dead
-
-
-def make_exact_model() -> Any:
-    """One whose rows do not meet, in float64: any split of a mini-batch gives the same but for rounding."""
-    keras.utils.set_random_seed(4)
-    layers = [keras.layers.Dense(8, "tanh", dtype="float64"), keras.layers.Dense(3, "softmax", dtype="float64")]
-    model = keras.Sequential([keras.Input((5,)), *layers])
-    loss = keras.losses.SparseCategoricalCrossentropy(dtype="float64")
-    model.compile(keras.optimizers.Adam(0.01, epsilon=1e-3), loss, metrics=["accuracy"])
-    return model
 
 
 def in_batches() -> Any:
