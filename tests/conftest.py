@@ -3,8 +3,10 @@
 import os
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
@@ -34,6 +36,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if slow & set(getattr(item, "fixturenames", ())) or item.path.name in programs:
             item.add_marker(pytest.mark.slow)
+    in_groups(items)
+
+
+LONGEST = (
+    "exactness",
+    "test_scenarios",
+    "test_recovery",
+    "test_resume",
+    "test_streams",
+    "test_callbacks",
+    "test_failures",
+)
+"""What takes the most time; the rest follows in the order of names."""
+
+
+def in_groups(items: list[pytest.Item]) -> None:
+    """What shares runs, workers or files stays in one process, where there are several; the longest come first."""
+
+    def group(item: pytest.Item) -> str:
+        return "exactness" if item.path.parent.name == "exactness" else item.path.stem
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
 
 
 POOL = Ranks(3)
@@ -58,7 +84,9 @@ def local_ray() -> Iterator[None]:
 
     import ray
 
-    ray.init(address="local", num_cpus=8, namespace="dtrain", log_to_driver=False, logging_level=logging.WARNING)
+    beside_others = partial(ray._private.parameter.RayParams, dashboard_agent_listen_port=0)  # else none takes jobs
+    with patch("ray._private.parameter.RayParams", beside_others):
+        ray.init(address="local", num_cpus=8, namespace="dtrain", log_to_driver=False, logging_level=logging.WARNING)
     yield
     ray.shutdown()
 
