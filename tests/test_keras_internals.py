@@ -1,16 +1,22 @@
 """Claims about the private names of Keras that dtrain relies on: what breaks here, a new Keras has changed."""
 
 import itertools
+import sys
+from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from ranks import Ranks
 
 from dtrain import keras_internals
 from dtrain.callback_checkpoint import KERAS_STATE
 from dtrain.errors import DataError
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.fixture
@@ -262,3 +268,21 @@ def test_a_reshuffling_dataset_feels_each_iterator_that_keras_makes() -> None:
     for order in seen:
         assert [number for batch in source.batches() for number in batch[1].tolist()] == order
         source.end_pass()
+
+
+def plot_in_a_worker(path: str) -> tuple[list[str], list[str]]:
+    """Of what a worker hides from Keras, what is imported before and after a gallery is plotted."""
+
+    def imported() -> list[str]:
+        return [name for name in ("sklearn", "matplotlib") if name in sys.modules]
+
+    before = imported()
+    images = np.zeros((2, 8, 8, 3), "uint8")
+    keras.visualization.plot_image_gallery(images, rows=1, cols=2, value_range=(0, 255), path=path)
+    return before, imported()
+
+
+def test_a_worker_imports_what_plots_when_it_is_used(ranks: Ranks, tmp_path: Path) -> None:
+    path = tmp_path / "gallery.png"
+    assert ranks.map(plot_in_a_worker, [str(path)]) == [([], ["matplotlib"])]
+    assert path.stat().st_size > 0
