@@ -174,22 +174,25 @@ class MetricState:
         return tf.constant(state)
 
     def _results_of(self, states: Sequence[tf.Tensor], wanted: Any) -> dict[str, tf.Tensor]:
-        def result_of(state: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
+        def result_of(state: Sequence[tf.Tensor]) -> list[tf.Tensor]:
             self.assign(state)
-            return {key: tf.cast(value, tf.float64) for key, value in self._logs(wanted).items()}
+            logs = self._logs(wanted)
+            self._names[wanted] = list(logs)
+            return [tf.cast(value, tf.float64) for value in logs.values()]
 
-        keys = self._names[wanted] = list(self._logs(wanted))  # a tf.function returns dicts in another order
-        num_steps = tf.shape(states[0])[0]
-        arrays = [tf.TensorArray(tf.float64, size=num_steps) for _ in keys]
+        one = tf.function(result_of, autograph=False)
+        one.get_concrete_function([tf.TensorSpec(state.shape[1:], state.dtype) for state in states])
+        names, num_steps = self._names[wanted], tf.shape(states[0])[0]  # how many there are, a loop has to know before
+        arrays = [tf.TensorArray(tf.float64, size=num_steps) for _ in names]
 
         def body(step: tf.Tensor, arrays: list[tf.TensorArray]) -> tuple[tf.Tensor, list[tf.TensorArray]]:
-            result = result_of([state[step] for state in states])
-            return step + 1, [array.write(step, result[key]) for array, key in zip(arrays, keys, strict=True)]
+            results = one([state[step] for state in states])
+            return step + 1, [array.write(step, result) for array, result in zip(arrays, results, strict=True)]
 
         _, arrays = tf.while_loop(
             lambda step, _: step < num_steps, body, (tf.constant(0), arrays), parallel_iterations=1
         )
-        return {key: array.stack() for key, array in zip(keys, arrays, strict=True)}
+        return {name: array.stack() for name, array in zip(names, arrays, strict=True)}
 
 
 def last_of(logs: Mapping[str, Array]) -> Logs:

@@ -288,6 +288,24 @@ def test_single_batches_of_many_lengths_are_traced_twice() -> None:
     assert calls == 2
 
 
+def test_results_of_metrics_are_traced_once_besides_the_step_that_returns_them() -> None:
+    calls = 0
+
+    class Counted(keras.metrics.MeanSquaredError):  # type: ignore[misc]
+        def result(self) -> Any:
+            nonlocal calls
+            calls += 1
+            return super().result()
+
+    model = keras.Sequential([keras.Input((5,)), layers.Dense(1)])
+    model.compile("sgd", "mse", metrics=[Counted()])
+    replica = Replica(model, LocalCollective())
+    x, y = blobs(8)
+    for _ in range(3):
+        replica.on_batch("train", ArraySource(x, y))
+    assert calls == 2
+
+
 @pytest.mark.parametrize(
     ("source", "named"),
     [
