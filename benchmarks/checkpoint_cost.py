@@ -36,7 +36,7 @@ import numpy as np
 import ray
 
 import dtrain
-from dtrain.worker_group import WorkerGroup
+from dtrain.checkpointer import Checkpointer
 
 BLOCKING_SHARE = 0.1
 """Checkpoints are made as often as would cost so much if the workers waited for them."""
@@ -141,12 +141,13 @@ class Checkpoints:
 
 def workers_wait_for_files() -> Any:
     """Have files written between two segments, where otherwise the training goes on."""
-    submit = WorkerGroup.submit
+    write = Checkpointer.write
 
-    def in_line(self: WorkerGroup, method: str, *args: Any, beside: str | None = None) -> list[Any]:
-        return submit(self, method, *args)
+    def write_and_wait(self: Checkpointer, *args: Any, **kwargs: Any) -> None:
+        write(self, *args, **kwargs)
+        self.finish()
 
-    return patch.object(WorkerGroup, "submit", in_line)
+    return patch.object(Checkpointer, "write", write_and_wait)
 
 
 def measure_determinism(make_model: Any, shape: tuple[int, ...], steps: int, workers: int, blocks: int) -> Any:

@@ -231,7 +231,12 @@ def _optimizer_group(number: int) -> str:
 
 
 def read_state(model: keras.Model) -> State:
-    return {name: np.array(variable.numpy()) for name, variable in named_variables(model).items()}
+    return {name: value_of(variable) for name, variable in named_variables(model).items()}
+
+
+def value_of(variable: keras.Variable) -> Array:
+    """A copy of a variable's value; `numpy` of Keras's makes three, one after the other."""
+    return np.asarray(variable.value.numpy())
 
 
 def write_state(model: keras.Model, state: Mapping[str, Array]) -> State:

@@ -19,7 +19,7 @@ from dtrain.errors import CheckpointError
 from dtrain.fit_state import ACCUMULATED, place_of
 from dtrain.keras_internals import accumulators_of
 from dtrain.metrics import MetricState
-from dtrain.model import named_variables, optimizers_of
+from dtrain.model import named_variables, optimizers_of, value_of
 from dtrain.optimizer import sums_locally
 from dtrain.types import Array
 
@@ -29,7 +29,7 @@ Own = Mapping[str, Array]
 def read_own(model: keras.Model, metrics: MetricState) -> dict[str, Array]:
     """Copies of it, by name."""
     variables = _variables(model, metrics)
-    return {name: np.array(variable.numpy()) for name, variable in variables.items()} | _generators()
+    return {name: value_of(variable) for name, variable in variables.items()} | _generators()
 
 
 def write_own(
@@ -81,7 +81,7 @@ def checksum_of_shared(model: keras.Model) -> int:
     for name, variable in named_variables(model).items():
         is_each_ones = name.startswith(("seeds/", "random/")) or any(variable is other for other in accumulated)
         if not is_each_ones and "float" in str(variable.dtype):
-            checksum = zlib.crc32(content_of(np.ascontiguousarray(variable.numpy())), checksum)
+            checksum = zlib.crc32(content_of(value_of(variable)), checksum)
     return checksum
 
 
