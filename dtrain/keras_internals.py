@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import keras
+import numpy as np
 from keras.src.backend import compute_output_spec
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.variables import Variable
@@ -30,6 +31,8 @@ from dtrain.data.source import leaves
 from dtrain.errors import DataError
 from dtrain.types import Shapes, Tree
 
+_PERIOD = 933199
+
 __all__ = [
     "KerasInput",
     "Mean",
@@ -46,6 +49,7 @@ __all__ = [
     "is_update_step",
     "layers_of",
     "loss_module",
+    "next_until",
     "profiles",
     "recorded_assignments",
     "schedule_of",
@@ -107,6 +111,19 @@ def state_variables_of(model: keras.Model) -> list[Any]:
 def global_seed_generator() -> Any:
     """The generator that layers and ops without one of their own draw from."""
     return seed_module.global_seed_generator()
+
+
+def next_until(words: Any, second: int) -> Any:
+    """A state of the global generator, drawn from until its second word is this one; None: it never is.
+
+    What it does is `SeedGenerator.next(ordered=False)`, whose numbers come around after 933,198 draws.
+    """
+    words = np.asarray(words, np.uint32)
+    for _ in range(_PERIOD):
+        if int(words[1]) == second:
+            return words
+        words = (words + np.uint32(1)) * np.uint32(5387) % np.uint32(_PERIOD)
+    return None
 
 
 def accumulators_of(optimizer: keras.optimizers.Optimizer, variables: Any = None) -> list[Any]:

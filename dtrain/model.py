@@ -3,6 +3,7 @@
 The factory is the architecture: a model is never rebuilt from a file, only its values are.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ from dtrain.keras_internals import (
     build_from_inputs,
     global_seed_generator,
     layers_of,
+    next_until,
     schedule_of,
     seed_generators_of,
 )
@@ -154,7 +156,8 @@ def describe(model: keras.Model) -> ModelDescription:
         # Keras keeps what was passed to compile in one metric of its own.
         metrics=tuple(part.name for metric in model.metrics for part in getattr(metric, "metrics", None) or [metric]),
         learning_rate=learning_rate(model),
-        signature=_signature(model),
+        signature=_digest(_variables_in_words(model), _compiled_in_words(model), learning_rate(model)),
+        structure=_digest(_variables_in_words(model), _compiled_in_words(model), _settings(model)),
         exceptions=_exceptions(model),
     )
 
@@ -295,16 +298,31 @@ def _group(name: str) -> str:
 def spread_seeds(model: keras.Model, rank: int) -> None:
     """Give each rank random numbers of its own: the first word of every seed moves by a rank's offset.
 
-    Rank 0 keeps plain Keras's. The counters stay equal, so that base and counter are all there is to save. With -rank
-    a rank has rank 0's again.
+    Rank 0 keeps plain Keras's. With -rank a rank has rank 0's again.
     """
-    for variable in _seed_states(model):
+    for variable in seed_states_of(model):
         base, counter = variable.numpy()
         offset = (rank * 0x9E3779B9) % 2**32  # the golden ratio's bits: far apart for neighbouring ranks
         variable.assign(np.array([(int(base) + offset) % 2**32, int(counter)], np.uint32))
 
 
-def _seed_states(model: keras.Model) -> list[Any]:
+def follow_seeds(model: keras.Model, before: Sequence[Array]) -> None:
+    """Let this rank's seeds, which were `before`, come as far as those that it has just been given of another rank.
+
+    The second words of all ranks count alike, the first are each one's own. Keras's global generator, the last of them,
+    changes both with each number drawn: it is drawn from until its second word is the other rank's.
+    """
+    *layers, last = zip(seed_states_of(model), before, strict=True)
+    for variable, (base, _) in layers:
+        variable.assign(np.array([base, variable.numpy()[1]], np.uint32))
+    variable, words = last
+    found = next_until(words, int(variable.numpy()[1]))
+    if found is not None:
+        variable.assign(found)
+
+
+def seed_states_of(model: keras.Model) -> list[Any]:
+    """The states of all random number generators, that of Keras's global one the last."""
     return [generator.state for generator in [*seed_generators_of(model), global_seed_generator()]]
 
 
@@ -323,11 +341,32 @@ def _names_in(tree: Any) -> Any:
     return str(getattr(tree, "name", None) or getattr(tree, "__name__", tree))
 
 
-def _signature(model: keras.Model) -> str:
-    variables = [f"{v.shape} {v.dtype} {v.trainable}" for v in named_variables(model).values()]
-    compiled = {"optimizer": type(model.optimizer).__name__, "loss": _loss_name(model), "lr": learning_rate(model)}
-    text = json.dumps([variables, compiled], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def _digest(*parts: Any) -> str:
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _variables_in_words(model: keras.Model) -> list[str]:
+    return [f"{v.shape} {v.dtype} {v.trainable}" for v in named_variables(model).values()]
+
+
+def _compiled_in_words(model: keras.Model) -> dict[str, Any]:
+    return {"optimizer": type(model.optimizer).__name__, "loss": _loss_name(model)}
+
+
+def _settings(model: keras.Model) -> list[Any]:
+    """Of layers and optimizers, what `get_config` tells in numbers and words, but for names and learning rates."""
+    found: list[Any] = []
+    for part in (*layers_of(model), *optimizers_of(model)):
+        config: Mapping[str, Any] = {}
+        with contextlib.suppress(Exception):  # of a layer of the user's own that has none
+            config = part.get_config()
+        plain = {
+            key: value
+            for key, value in config.items()
+            if key not in ("name", "learning_rate") and isinstance(value, (str, int, float, list, tuple))
+        }
+        found.append([type(part).__name__, repr(sorted(plain.items()))])
+    return found
 
 
 def _exceptions(model: keras.Model) -> tuple[str, ...]:

@@ -31,7 +31,15 @@ from dtrain.errors import LostPeer, ReplicasDiffer
 from dtrain.fit_state import Handover, Lost, Part, SavedFit, Snapshot, Standing
 from dtrain.hardware import cpu
 from dtrain.metrics import last_of
-from dtrain.model import check_state, learning_rate, optimizers_of, write_state
+from dtrain.model import (
+    check_state,
+    follow_seeds,
+    learning_rate,
+    optimizers_of,
+    seed_states_of,
+    value_of,
+    write_state,
+)
 from dtrain.optimizer import sums_locally
 from dtrain.rank_state import add_own, check_own, checksum_of_shared, read_own, write_own
 from dtrain.step import concatenate
@@ -177,7 +185,8 @@ class RankFit:
         if self._collective.rank > 0:
             return Snapshot(self._position, own)
         states = save_states(self._callbacks.with_state())
-        return Snapshot(self._position, own, self._replica.read_state(alone=True), states, without_tensors(self._logs))
+        state, logs = self._replica.read_state(alone=True), without_tensors(self._logs)
+        return Snapshot(self._position, own, state, states, logs, self._has_begun)
 
     def _begin_epoch(self, position: Position) -> None:
         if position.step == 0 and not self._has_begun:
@@ -366,7 +375,7 @@ class RankFit:
         """Check it, find each callback's state, and get ready what `on_train_begin` would otherwise begin anew."""
         check_state(self._model, saved.state)
         if saved.own:
-            check_own(self._model, self._replica.metrics, saved.own, in_epoch=saved.position.step > 0)
+            check_own(self._model, self._replica.metrics, saved.own, _own_is_of_epoch(saved))
         states, notes = matched(self._callbacks.with_state(), saved.callbacks)
         if self._collective.rank == 0:
             prepare_resume(self._callbacks.with_state(), states)
@@ -376,7 +385,7 @@ class RankFit:
 
     def _go_on_from(self, saved: SavedFit) -> None:
         restore_states(self._callbacks.with_state(), saved.callbacks)
-        self._position = saved.position
+        self._position, self._has_begun = saved.position, saved.has_begun
         self._logs = dict(saved.logs)
         if saved.position.step == 0:
             self._epoch_logs = dict(saved.logs)
@@ -384,8 +393,9 @@ class RankFit:
             self._validation.skip_passes(self._num_validated(saved.position.epoch))
         self._replica.write_state(dict(saved.state))
         if saved.own:
-            in_epoch = saved.position.step > 0
-            write_own(self._model, self._replica.metrics, saved.own, self._collective, in_epoch)
+            write_own(self._model, self._replica.metrics, saved.own, self._collective, _own_is_of_epoch(saved))
+        if saved.is_own_older:
+            self._model.reset_metrics()
 
     # --- in another group
 
@@ -467,7 +477,8 @@ class RankFit:
             self._lead(handover, lost)
         if rank == 0:
             self._add(lost)
-        self.catch_up(handover)
+        self._come_to(handover)
+        self._replica.spread_seeds()
         return read_own(self._model, self._replica.metrics)
 
     def _add(self, lost: Lost) -> None:
@@ -489,8 +500,12 @@ class RankFit:
 
     def catch_up(self, handover: Handover) -> None:
         """Make the update that the rank that hands over is ahead by (see `Standing.can_catch_up_with`)."""
+        seeds = [value_of(state) for state in seed_states_of(self._model)]
+        self._come_to(handover)
+        follow_seeds(self._model, seeds)
+
+    def _come_to(self, handover: Handover) -> None:
         write_state(self._model, handover.fit.state)
-        self._replica.spread_seeds()
         own = {key: np.zeros(1) for key in self._replica.own_logs}
         if handover.part is not None:
             self._part = self._aligned(handover.part, handover.own)
@@ -584,6 +599,10 @@ def _chunks(
             yield chunk
         if first_step < stop:  # the input has ended
             return
+
+
+def _own_is_of_epoch(saved: SavedFit) -> bool:
+    return saved.position.step > 0 and not saved.is_own_older
 
 
 def _first_not_finite(values: Array, num_steps: int) -> int | None:

@@ -1,8 +1,9 @@
 """Owns what a rank alone has between two steps, and a checkpoint therefore holds for every rank.
 
 These are the metrics' partial sums, the gradients that it has accumulated and not yet applied, and the states of
-Python's and NumPy's random generators, which the user's code may draw from. Put back on as many ranks, all of it is as
-it was; on another number of ranks, what adds up is rank 0's, and the generators are left as the seed made them.
+random generators: Keras's, which callbacks that run on rank 0 alone may draw from, and Python's and NumPy's, which the
+user's code may. Put back on as many ranks, all of it is as it was; on another number of ranks, what adds up is rank
+0's, and the generators are left as the seed made them.
 """
 
 import random
@@ -19,11 +20,14 @@ from dtrain.errors import CheckpointError
 from dtrain.fit_state import ACCUMULATED, place_of
 from dtrain.keras_internals import accumulators_of
 from dtrain.metrics import MetricState
-from dtrain.model import named_variables, optimizers_of, value_of
+from dtrain.model import named_variables, optimizers_of, seed_states_of, value_of
 from dtrain.optimizer import sums_locally
 from dtrain.types import Array
 
 Own = Mapping[str, Array]
+
+METRIC, SEED = "metric/", "seed/"
+"""What a rank's metric variables and its random generators' states are called in its file: this, and a number."""
 
 
 def read_own(model: keras.Model, metrics: MetricState) -> dict[str, Array]:
@@ -42,18 +46,20 @@ def write_own(
         metrics: its metrics.
         every: what each rank had, in rank order.
         collective: of the ranks that there are now.
-        in_epoch: it was taken within an epoch; when the next one begins, metrics are reset anyhow.
+        in_epoch: it was taken within an epoch. When the next one begins, metrics are reset: of metrics that are not
+            what they were, nothing is put back then.
 
     Raises:
         CheckpointError: it is of another model or of other metrics; nothing was changed.
     """
     check_own(model, metrics, every, in_epoch)
-    rank, kinds = collective.rank, _kinds(in_epoch)
-    variables = {name: v for name, v in _variables(model, metrics).items() if name.startswith(kinds)}
+    rank = collective.rank
     same_ranks = len(every) == collective.world_size
-    for name, variable in variables.items():
-        values = [own[name] for own in every]
-        aggregation = variable.aggregation if name.startswith("metric") else "sum"
+    for name, variable in _variables(model, metrics).items():
+        values = [own[name] for own in every if _is_of(variable, own.get(name))]
+        if len(values) < len(every) or (name.startswith(SEED) and not same_ranks):
+            continue
+        aggregation = variable.aggregation if name.startswith(METRIC) else "sum"
         variable.assign(values[rank] if same_ranks else _joined(values, aggregation, rank))
     if same_ranks:
         _seed(every[rank])
@@ -63,7 +69,7 @@ def add_own(metrics: MetricState, every: Sequence[Own]) -> list[Array]:
     """Add what ranks that are no more had of the metrics' sums to this rank's; what was added, variable by variable."""
     added = []
     for index, variable in enumerate(metrics.variables):
-        values = [own[f"metric/{index:06d}"] for own in every] if variable.aggregation == "sum" else []
+        values = [own[f"{METRIC}{index:06d}"] for own in every] if variable.aggregation == "sum" else []
         added.append(
             np.sum(values, axis=0, dtype=variable.dtype) if values else np.zeros(variable.shape, variable.dtype)
         )
@@ -91,23 +97,26 @@ def check_own(model: keras.Model, metrics: MetricState, every: Sequence[Own], in
     Raises:
         CheckpointError: it is of another model or of other metrics.
     """
-    kinds = _kinds(in_epoch)
+    kinds = (METRIC, ACCUMULATED) if in_epoch else (ACCUMULATED,)
     variables = {name: v for name, v in _variables(model, metrics).items() if name.startswith(kinds)}
-    for name in sorted(variables.keys() | {name for name in every[0] if name.startswith(kinds)}):
-        known, saved = variables.get(name), every[0].get(name)
-        if known is None or saved is None or tuple(known.shape) != saved.shape or known.dtype != saved.dtype.name:
-            raise CheckpointError(
-                f"the checkpoint is of another model: it has {_form(saved)} for {name}, this model has {_form(known)}."
-                " In the middle of an epoch the metrics and gradient_accumulation_steps must be what they were"
-            )
+    for own in every:
+        for name in sorted(variables.keys() | {name for name in own if name.startswith(kinds)}):
+            known, saved = variables.get(name), own.get(name)
+            if known is None or not _is_of(known, saved):
+                raise CheckpointError(
+                    f"the checkpoint is of another model: it has {_form(saved)} for {name}, this model has"
+                    f" {_form(known)}. In the middle of an epoch the metrics and gradient_accumulation_steps must be"
+                    " what they were"
+                )
 
 
-def _kinds(in_epoch: bool) -> tuple[str, ...]:
-    return ("metric/", ACCUMULATED) if in_epoch else (ACCUMULATED,)
+def _is_of(variable: Any, value: Array | None) -> bool:
+    return value is not None and tuple(variable.shape) == value.shape and variable.dtype == value.dtype.name
 
 
 def _variables(model: keras.Model, metrics: MetricState) -> dict[str, Any]:
-    found = {f"metric/{index:06d}": variable for index, variable in enumerate(metrics.variables)}
+    found = {f"{METRIC}{index:06d}": variable for index, variable in enumerate(metrics.variables)}
+    found.update((f"{SEED}{index:06d}", variable) for index, variable in enumerate(seed_states_of(model)))
     places = {id(variable): place_of(name) for name, variable in named_variables(model).items()}
     for optimizer in filter(sums_locally, optimizers_of(model)):
         accumulators = [variable for variable in accumulators_of(optimizer) if variable is not None]

@@ -52,19 +52,45 @@ class Draws(keras.callbacks.Callback):  # type: ignore[misc]
         self.drawn = list(state["drawn"])
 
 
+class Looks(keras.callbacks.Callback):  # type: ignore[misc]
+    """A user's callback that has the model draw random numbers, on rank 0 alone."""
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        (dropout,) = (layer for layer in self.model.layers if isinstance(layer, layers.Dropout))
+        dropout(np.ones((1, 3)), training=True)
+
+
+class Noise(layers.Layer):  # type: ignore[misc]
+    """Draws from Keras's global generator."""
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        return x + 0.1 * keras.random.normal(keras.ops.shape(x), dtype=x.dtype) if training else x
+
+
+class Seen(keras.metrics.Sum):  # type: ignore[misc]
+    """Counts rows and does not begin anew with an epoch."""
+
+    def update_state(self, y: Any, prediction: Any, sample_weight: Any = None) -> None:
+        super().update_state(keras.ops.ones_like(prediction[:, 0]))
+
+    def reset_state(self) -> None:
+        pass
+
+
 def regularized() -> keras.Model:
-    """Dropout, BatchNormalization, Adam on a schedule; metrics with states of several dtypes."""
+    """Dropout, noise, BatchNormalization, Adam on a schedule; metrics with states of several dtypes."""
     model = keras.Sequential(
         [
             keras.Input((4,)),
             layers.Dense(6, "relu", kernel_regularizer="l2"),
             layers.BatchNormalization(),
+            Noise(),
             layers.Dropout(0.4),
             layers.Dense(3, activation="softmax"),
         ]
     )
     rate = keras.optimizers.schedules.CosineDecay(0.05, 12)
-    metrics = ["accuracy", keras.metrics.MeanIoU(3, sparse_y_pred=False)]
+    metrics = ["accuracy", keras.metrics.MeanIoU(3, sparse_y_pred=False), Seen(name="seen")]
     model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=metrics)
     return model
 
@@ -87,7 +113,7 @@ def plain() -> keras.Model:
 
 def deciding() -> list[keras.callbacks.Callback]:
     best = keras.callbacks.EarlyStopping("val_loss", patience=1, min_delta=0.02, restore_best_weights=True)
-    return [best, Draws()]
+    return [best, Draws(), Looks()]
 
 
 def lowering() -> list[keras.callbacks.Callback]:
@@ -128,21 +154,25 @@ class Fit:
     def __init__(self, collective: Collective, name: str, dtype: str) -> None:
         keras.backend.clear_session(free_memory=False)
         self.dtype = dtype
-        self._reset()
+        self._set_precision()
+        keras.utils.set_random_seed(11)
         make, self.callbacks, self.make_data = CASES[name]
         self.replica = Replica(make(), collective)
         self.replica.build((data()[0][:1], data()[1][:1]))
         self.initial = self.replica.read_state()
 
-    def _reset(self) -> None:
+    def _set_precision(self) -> None:
         keras.config.set_floatx(self.dtype)
         keras.config.set_dtype_policy(self.dtype)
-        keras.utils.set_random_seed(11)
 
     def begin(self, saved: SavedFit | None = None) -> None:
-        self._reset()
+        self._set_precision()
+        random.seed(11)
+        np.random.seed(11)  # not Keras's: a graph would go on with the generator that it was traced with
         if saved is None:
             self.replica.write_state(self.initial)
+            for variable in self.replica.metrics.variables:
+                variable.assign(variable * 0)
         train: Any = ArraySource(*data())
         plan: BatchPlan | Batching = BatchPlan(ROWS, BATCH, shuffle=True, seed=SEED)
         held_out: Any = ArraySource(*(leaf[:7] for leaf in data()))
