@@ -77,7 +77,7 @@ class Manifest:
         position: the next mini-batch to train on.
         world_size: ranks that trained it.
         seed: the run's.
-        model_digest: of the model's structure, as `ModelDescription.signature`.
+        model_digest: of the model and how it is compiled, as `ModelDescription.structure`.
         versions: of dtrain, Keras and so on, by name.
         metrics: the newest ones.
         best: the monitored metric, where it was the best of the run so far.
@@ -229,13 +229,13 @@ class CheckpointStore:
         """The newest committed checkpoint."""
         return next(reversed(self.list()), None)
 
-    def best(self) -> tuple[float, Checkpoint] | None:
-        """The best checkpoint by the monitored metric, as manifests tell, and its value."""
+    def best(self, monitor: str | None = None) -> tuple[float, Checkpoint] | None:
+        """The best checkpoint by this monitored metric (None: by whichever), as manifests tell, and its value."""
         for checkpoint in reversed(self.list()):
             with suppress(CheckpointError):
-                value = read_manifest(checkpoint.url).best
-                if value is not None:
-                    return value, checkpoint
+                manifest = read_manifest(checkpoint.url)
+                if manifest.best is not None and monitor in (None, manifest.extra.get("monitor")):
+                    return manifest.best, checkpoint
         return None
 
     def load(self, checkpoint: Checkpoint | str) -> LoadedCheckpoint:

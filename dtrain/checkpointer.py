@@ -70,7 +70,7 @@ class Checkpointer:
         self._is_first = False
         if saving is not None:
             saving.begin()
-            self._best = saving.store.best() if saving.config.monitor is not None else None
+            self._best = saving.store.best(saving.config.monitor) if saving.config.monitor is not None else None
             self._is_first = saving.store.latest() is None
         self._writing: _Writing | None = None
         self._is_finishing = False
@@ -117,6 +117,16 @@ class Checkpointer:
             return
         self.take(step, metrics, **extra)
         self.finish()
+
+    def take_best(self, step: int, metrics: Logs) -> None:
+        """Make a checkpoint of the state as it is now, where that is the best so far.
+
+        The end of a fit may put other weights in its place: averages, or those of the best epoch by another metric.
+        """
+        self.finish()
+        saving = self._saving
+        if saving is not None and is_better(saving.config, metrics, self._best[0] if self._best else None):
+            self.take(step, metrics)
 
     def take(self, step: int, metrics: Logs, **extra: Any) -> None:
         """Have the workers copy the state as it is now, and write that while they train on."""
@@ -192,8 +202,8 @@ class Checkpointer:
                 raise part
             files += part
         metrics = writing.manifest.metrics
-        # Within an epoch metrics are of the rows so far: they do not compare.
-        ends_epoch = writing.manifest.position.step == 0
+        # Within an epoch metrics are of the rows so far: they do not compare. Those of the end may be of other weights.
+        ends_epoch = writing.manifest.position.step == 0 and "finished" not in writing.manifest.extra
         is_best = ends_epoch and is_better(saving.config, metrics, self._best[0] if self._best else None)
         self._check_monitor(saving.config.monitor, metrics if ends_epoch else {})
         best = float(metrics[saving.config.monitor or ""]) if is_best else None

@@ -84,6 +84,7 @@ class Controller:
         interrupts: what ends it early.
         recoveries: what a fit has survived.
         failure: what it survives, and how; None: it ends at the first failure.
+        check_ours: raises TakenOver where the run is known to be another driver's; asked a few times a second.
         clock: seconds, monotonic.
     """
 
@@ -95,6 +96,7 @@ class Controller:
         interrupts: Interrupts | None = None,
         recoveries: Recoveries | None = None,
         failure: FailureConfig | None = None,
+        check_ours: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._interrupts = interrupts or Interrupts()
@@ -103,6 +105,7 @@ class Controller:
         self._group = group
         self._tracker = tracker
         self._display = display
+        self._check_ours = check_ours
         self._clock = clock
         self._rate: float | None = None
         self._shown = ("train", 0)
@@ -174,6 +177,8 @@ class Controller:
 
     def _finish(self, checkpointer: Checkpointer, record: FitRecord, has_news: bool) -> None:
         """End the fit on the workers, which restores the best weights, or takes their averages: that is saved, too."""
+        if has_news:
+            checkpointer.take_best(record.steps, record.logs)
         finished = self._group.call("end_fit", watch=self._watch)
         self._watch(True)
         record.history, record.callback_states = finished[0]
@@ -332,7 +337,7 @@ class Controller:
         """Put on record how many there are by now."""
         number = self._display.workers = len(self._group.workers)
         self._slow, self._told_slow = (None, 0), []  # ranks may have other numbers
-        self._tracker.log(record.steps, {"num_workers": number})
+        self._tracker.log(max(0, record.steps - 1), {"num_workers": number})  # no step further than the steps on record
         return number
 
     def _goes_on_without(self, num_left: int) -> bool:
@@ -406,25 +411,26 @@ class Controller:
             self._heartbeat.begin(range(len(self._group.workers)) if ranks is None else ranks)
 
     def _lost(self, position: Position, is_first: bool) -> Lost:
-        """What the dead have told of what each rank alone has; metrics begin anew with each epoch."""
+        """What the dead have told of what each rank alone has."""
         last = self._last
-        in_epoch = bool(last) and last[0].position.epoch == position.epoch and last[0].position.step > 0
-        own = tuple(result.own for result in last) if in_epoch and all(result.own for result in last) else ()
-        return Lost(own, list(last[0].callbacks) if last and is_first else [])
+        own = tuple(result.own for result in last) if all(result.own for result in last) else ()
+        is_older = bool(last) and (last[0].position.epoch < position.epoch or last[0].position.step == 0)
+        return Lost(own, is_older, list(last[0].callbacks) if last and is_first else [])
 
     def _shrink(self, dead: Sequence[int], handover: Any, position: Position) -> None:
         """Let those that live go on as a smaller group."""
         group = self._group
         told = self._lost(position, is_first=0 in dead)
-        lost = Lost(tuple(told.own[rank] for rank in dead) if told.own else (), told.callbacks)
+        own = tuple(told.own[rank] for rank in dead) if told.own and not told.is_older else ()
+        lost = Lost(own, callbacks=told.callbacks)
         if self._checkpointer is not None:
             self._checkpointer.finish()  # its calls go by the numbers that ranks have by now
         group.shrink(dead)
         self._listen()
-        own = group.wait(group.submit("resize", handover, lost), self._watch)
+        owned = group.wait(group.submit("resize", handover, lost), self._watch)
         left = [result for rank, result in enumerate(self._last) if rank not in dead]
         if left:  # what callbacks on rank 0 alone have told is the new one's, as the dead ones' sums are
-            left[0] = replace(left[0], callbacks=self._last[0].callbacks, own=own[0])
+            left[0] = replace(left[0], callbacks=self._last[0].callbacks, own=owned[0])
         self._last = left
 
     def _save(self, checkpointer: Checkpointer, record: FitRecord, **extra: Any) -> None:
@@ -565,6 +571,7 @@ class Controller:
 
     def _watch(self, is_last: bool = False) -> None:
         """Show how far rank 0 is and what it printed; the last time all of it, after an answer that was late."""
+        self._check_ours()
         if self._checkpointer is not None:
             self._checkpointer.commit()
         self._end_who_hangs()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.data.sampler import Sampler
-from dtrain.data.source import ClassWeights, DataSource, describe, leaves
+from dtrain.data.source import ClassWeights, Description, leaves
 from dtrain.tracking import DatasetDescription, RunDescription
 from dtrain.types import Batching, BatchPlan, FitPlan, ModelDescription, Opened
 
@@ -36,6 +36,7 @@ def describe_run(
     run_name: str,
     plan: FitPlan,
     data: Mapping[str, Any],
+    described: Mapping[str, Description],
     opened: Mapping[str, Opened],
     model: ModelDescription | None,
     settings: Mapping[str, Any],
@@ -48,6 +49,7 @@ def describe_run(
         run_name: of this fit.
         plan: what is trained.
         data: what was passed, by context: "train", "validation".
+        described: of these, data that have rows.
         opened: what the workers found it to be, if they got so far.
         model: as a worker described it; None if no worker got so far.
         settings: of the Trainer.
@@ -81,7 +83,9 @@ def describe_run(
         params["config"] = dict(config)
     tags = environment_tags(sys.argv[0] or None) | {"ray.address": ray_address}
     datasets = [
-        _describe_data(context, given, opened.get(context)) for context, given in data.items() if given is not None
+        _describe_data(context, given, described.get(context), opened.get(context))
+        for context, given in data.items()
+        if given is not None
     ]
     return RunDescription(run_name, params, tags, datasets, model.summary if model is not None else "")
 
@@ -93,9 +97,8 @@ def _expected(plan: BatchPlan | Batching) -> Opened:
     return Opened("", None, plan, plan.num_rows, plan.batch_size, Sampler(plan).steps_per_epoch)
 
 
-def _describe_data(context: str, given: Any, opened: Opened | None) -> DatasetDescription:
-    if isinstance(given, DataSource):
-        found = describe(given)
+def _describe_data(context: str, given: Any, found: Description | None, opened: Opened | None) -> DatasetDescription:
+    if found is not None:
         given = given.source if isinstance(given, ClassWeights) else given
         name = _name_of(type(given).__name__)
         # MLflow shows name and digest as one: as many digits as its own digests have.

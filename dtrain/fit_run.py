@@ -15,7 +15,7 @@ from dtrain.callback_state import import_state
 from dtrain.checkpoint import LoadedCheckpoint, Manifest
 from dtrain.checkpointer import Saving
 from dtrain.controller import Controller, FitRecord
-from dtrain.data.source import keras_batch
+from dtrain.data.source import DataSource, Description, describe, keras_batch
 from dtrain.description import describe_run, versions
 from dtrain.errors import CheckpointError, ConfigError, TakenOver, WorkerDied
 from dtrain.fit_state import SavedFit, history_of, read
@@ -26,13 +26,13 @@ from dtrain.recoveries import Recoveries
 from dtrain.resume import (
     AUTO,
     Resume,
+    as_begun,
     check_plan,
     find,
     in_words,
     is_done,
     other_circumstances,
     plan_on_record,
-    with_seed_of,
 )
 from dtrain.runs import RunFolder
 from dtrain.storage import Folder
@@ -73,6 +73,8 @@ class FitRun:
         self._resume = resume
         self._record = FitRecord()
         self._model: ModelDescription | None = None
+        self._data = {"train": wanted.train, "validation": wanted.validation}
+        self._descriptions: Mapping[str, Description] | None = None
         self._opened: dict[str, Opened] = {}
         self._display = ProgressBar(verbose, wanted.plan.epochs, workers=trainer.world_size)
         self._folder: RunFolder | None = None
@@ -96,10 +98,10 @@ class FitRun:
             if not self._is_done:
                 trainer.check_room(name)
         except BaseException:
+            if self._folder is not None:
+                self._folder.discard()  # or the next try would say that the run exists; while it is still ours
             if self._lease is not None:
                 self._lease.release()
-            if self._folder is not None:
-                self._folder.discard()  # or the next try would say that the run exists
             raise
 
     def _find_start(self, resume: Resume) -> None:
@@ -119,9 +121,9 @@ class FitRun:
         self._record.steps, self._record.position = self._saved.step, self._saved.position
         self._record.checkpoint = self._loaded.checkpoint
         self._record.history, self._record.epochs = history_of(self._saved.callbacks)
-        self._plan = with_seed_of(self._loaded.manifest, self._plan)
+        self._plan = as_begun(self._loaded.manifest, self._plan)
         if isinstance(self._plan.train, BatchPlan):
-            check_plan(self._loaded.manifest, plan_on_record(self._plan))
+            check_plan(self._loaded.manifest, plan_on_record(self._plan, self._digest_of("train")))
         if self._folder is not None and self._folder.read_info().get("state") == "finished":
             self._is_done = is_done(self._loaded.manifest, self._plan.epochs)
 
@@ -169,6 +171,7 @@ class FitRun:
             assert self._loaded is not None
             self._trainer.keep_for_fall_back(self._loaded.checkpoint.url)
         elif finished == (self._loaded.manifest.step if self._loaded is not None else 0):  # nothing is lost
+            self._trainer.begin_again()
             self._find_start(self._resume)
         else:
             raise self._recoveries.last_word(error)
@@ -190,13 +193,15 @@ class FitRun:
             _, found = trainer.start(wanted.validation, plan.validation, self._display, "validation")
             self._opened["validation"] = found
         self._display.expect(opened.steps_per_epoch)
-        on_record = plan_on_record(plan, opened.plan)
+        on_record = plan_on_record(plan, self._digest_of("train"), opened.plan)
         changed = check_plan(self._loaded.manifest, on_record) if self._loaded is not None else []
         if self._model is None:
             self._model = group.description
             self._announce(changed)
         trainer.weights_change()
-        Controller(group, self._tracker, self._display, trainer.interrupts, self._recoveries, trainer.failure).fit(
+        check_ours = self._lease.check_known if self._lease is not None else lambda: None
+        known = self._recoveries, trainer.failure, check_ours
+        Controller(group, self._tracker, self._display, trainer.interrupts, *known).fit(
             plan,
             opened.plan or opened.steps_per_epoch,
             pickled_hooks(callbacks, self._verbose),
@@ -216,6 +221,7 @@ class FitRun:
         url = self._loaded.checkpoint.url
         with self._display:
             self._display.note(f"run {self._name} is done: nothing is left to train; the weights are those of {url}")
+            self._tracker.drain()
         self._trainer.restore(url)
         return self._history()
 
@@ -282,19 +288,28 @@ class FitRun:
         note(f"going on at {in_words(loaded.manifest.position)} from {loaded.checkpoint.url}")
         if self._trainer.seed != loaded.manifest.seed:
             note(f"seed={self._trainer.seed} has no effect: the run goes on with {loaded.manifest.seed}")
-        other = [*changed, *other_circumstances(loaded.manifest, self._trainer.world_size, self._versions())]
+        begun, wanted = self._plan.initial_epoch, self._wanted.plan.initial_epoch
+        if wanted not in (0, begun):
+            note(f"initial_epoch={wanted} has no effect: the run goes on where it was, and has begun with {begun}")
+        structure = self._model.structure if self._model is not None else ""
+        world_size = self._trainer.world_size
+        other = [*changed, *other_circumstances(loaded.manifest, world_size, self._versions(), structure)]
+        if not self._trainer.deterministic:
+            other.append("deterministic=False")
         if other:
             note(f"not bit for bit what an undisturbed run would give: {', '.join(other)}")
 
     def _versions(self) -> dict[str, str]:
         """What the bits of the result hang on, besides what the user has passed."""
-        return {**versions(), **self._trainer.machine(), **self._trainer.circumstances()}
+        held_out = self._digest_of("validation")
+        digest = {"validation_digest": held_out} if held_out is not None else {}
+        return {**versions(), **self._trainer.machine(), **self._trainer.circumstances(), **digest}
 
     def _tell_ray(self, run_id: str) -> None:
         cluster.add_job_metadata({"dtrain_run": self._name, "mlflow_run_id": run_id})
 
     def _start_tracking(self) -> None:
-        trainer, wanted = self._trainer, self._wanted
+        trainer = self._trainer
         if trainer.tracking is None:
             return
         model_fn = trainer.model_fn
@@ -304,11 +319,20 @@ class FitRun:
             "deterministic": trainer.deterministic,
             "model_fn": f"{model_fn.__module__}.{getattr(model_fn, '__qualname__', type(model_fn).__name__)}",
         }
-        data = {"train": wanted.train, "validation": wanted.validation}
         address = cluster.address() or "local"
-        self._tracker.start(
-            describe_run(self._name, self._plan, data, self._opened, self._model, settings, trainer.config, address)
-        )
+        known = self._data, self._described(), self._opened, self._model, settings, trainer.config, address
+        self._tracker.start(describe_run(self._name, self._plan, *known))
+
+    def _described(self) -> Mapping[str, Description]:
+        """Of the data that have rows, what is in them, which is found out once."""
+        if self._descriptions is None:
+            has_rows = {context: given for context, given in self._data.items() if isinstance(given, DataSource)}
+            self._descriptions = {context: describe(given) for context, given in has_rows.items()}
+        return self._descriptions
+
+    def _digest_of(self, context: str) -> str | None:
+        found = self._described().get(context)
+        return found.digest if found is not None else None
 
     def _saving(self, plan: dict[str, Any]) -> Saving | None:
         if self._trainer.checkpoint is None or self._folder is None or self._model is None:
@@ -318,9 +342,9 @@ class FitRun:
             position=self._record.position,
             world_size=self._trainer.world_size,
             seed=self._loaded.manifest.seed if self._loaded is not None else self._trainer.seed,
-            model_digest=self._model.signature,
+            model_digest=self._model.structure,
             versions=self._versions(),
-            extra={"plan": plan},
+            extra={"plan": plan, "monitor": self._trainer.checkpoint.monitor},
         )
         return Saving(self._folder.checkpoints, self._trainer.checkpoint, manifest, self._begin, self._before_commit)
 

@@ -1,7 +1,7 @@
 """Owns what a checkpoint says of a fit, and in which of its files that stands: plain values, no TensorFlow.
 
     model.safetensors      the variables of model and optimizers, equal on all ranks (random seeds as rank 0 has them)
-    rank-0000.safetensors  what rank 0 alone has: metric sums, gradients not yet applied, random generators
+    rank-0000.safetensors  what rank 0 alone has: metric sums, gradients not yet applied, its random generators
     rank-0001.safetensors  the same of rank 1, and so on
     fit.json               the newest logs, and the state of the callbacks, Keras's History the first of them
     fit.safetensors        the arrays in it
@@ -40,6 +40,7 @@ class Snapshot:
         state: on rank 0: the variables of model and optimizers, by name; None on the others.
         callbacks: on rank 0: their states.
         logs: on rank 0: those after the last mini-batch, of an epoch that may have no more.
+        has_begun: the hook of the epoch that `position` is in was called.
     """
 
     position: Position
@@ -47,6 +48,7 @@ class Snapshot:
     state: Mapping[str, Array] | None = None
     callbacks: CallbackStates = field(default_factory=list)
     logs: Logs = field(default_factory=dict)
+    has_begun: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class SavedFit:
         metrics: what the manifest says of them.
         stopped: a callback had stopped the training.
         finished: the fit was over, its averages or best weights in place.
+        has_begun: the hook of the epoch that `position` is in was called.
+        is_own_older: `own` is of an epoch before: metrics have begun anew since.
     """
 
     position: Position
@@ -74,6 +78,8 @@ class SavedFit:
     metrics: Logs
     stopped: bool = False
     finished: bool = False
+    has_begun: bool = False
+    is_own_older: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,17 +186,19 @@ class Lost:
     """Of what ranks that died knew alone, what they have told with their last segment.
 
     Attributes:
-        own: what each rank alone had, if it was told in this epoch: where new ones take the places of the dead of every
-            rank, in rank order (those that live on keep what they have), else of the dead.
+        own: what each rank alone had, if they have told it: where new ones take the places of the dead, of every rank,
+            in rank order (those that live on keep what they have), else of the dead.
+        is_older: it was told in an epoch before.
         callbacks: where rank 0 died, the states of the callbacks that ran there alone; None in the others' places.
     """
 
     own: tuple[Mapping[str, Array], ...] = ()
+    is_older: bool = False
     callbacks: CallbackStates = field(default_factory=list)
 
     def completed(self, fit: SavedFit) -> SavedFit:
         """What a rank that lives has handed over, with that in it."""
-        return replace(fit, own=self.own, callbacks=self.with_callbacks_of(fit))
+        return replace(fit, own=self.own, is_own_older=self.is_older, callbacks=self.with_callbacks_of(fit))
 
     def with_callbacks_of(self, fit: SavedFit) -> CallbackStates:
         """The states of all callbacks: those of a rank that lives where the dead ones have told none."""
@@ -217,7 +225,9 @@ def write(snapshot: Snapshot, staging: Staging, rank: int) -> tuple[FileRecord, 
         for number, state in enumerate(snapshot.callbacks):
             states.append(None if state is None else {"kind": state.kind, "values": state.values})
             named.update((f"{number}/{key}", array) for key, array in (state.arrays if state else {}).items())
-        records.append(staging.write_json(f"{FIT}.json", {"callbacks": states, "logs": logs}))
+        records.append(
+            staging.write_json(f"{FIT}.json", {"callbacks": states, "logs": logs, "has_begun": snapshot.has_begun})
+        )
         records.append(staging.write_tensors(f"{FIT}.safetensors", named))
     return tuple(records)
 
@@ -252,12 +262,13 @@ def read(loaded: LoadedCheckpoint) -> SavedFit:
             manifest.position,
             manifest.step,
             dict(sorted(tensors[MODEL_FILE].items())),
-            tuple(tensors[_rank_file(rank)] for rank in range(manifest.world_size)),
+            _own_of_ranks(loaded),
             callbacks,
             unpack(fit["logs"], arrays["logs"]),
             dict(manifest.metrics),
             bool(manifest.extra.get("stopped")),
             bool(manifest.extra.get("finished")),
+            bool(fit["has_begun"]),
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
@@ -274,8 +285,8 @@ def state_of(loaded: LoadedCheckpoint) -> dict[str, Array]:
     try:
         state = dict(sorted(loaded.tensors[MODEL_FILE].items()))
         names = {ACCUMULATED + place_of(name): name for name in state}
-        for rank in range(1, loaded.manifest.world_size):
-            for place, array in loaded.tensors.get(_rank_file(rank), {}).items():
+        for own in _own_of_ranks(loaded)[1:]:
+            for place, array in own.items():
                 if place.startswith(ACCUMULATED):
                     state[names[place]] = state[names[place]] + array
         return state
@@ -295,6 +306,14 @@ def history_of(callbacks: CallbackStates) -> tuple[dict[str, list[Any]], list[in
         raise ValueError("no history")
     history, epochs = (unpack(state.values["attributes"][name], state.arrays) for name in ("history", "epoch"))
     return history, epochs
+
+
+def _own_of_ranks(loaded: LoadedCheckpoint) -> tuple[Mapping[str, Array], ...]:
+    """What each rank alone had, in rank order; KeyError where there are not as many as the manifest says."""
+    found = sorted((name for name in loaded.tensors if name.startswith("rank-")), key=lambda name: (len(name), name))
+    if found != [_rank_file(rank) for rank in range(min(loaded.manifest.world_size, len(found) + 1))]:
+        raise KeyError(f"files of {loaded.manifest.world_size} ranks")
+    return tuple(loaded.tensors[name] for name in found)
 
 
 def _rank_file(rank: int) -> str:

@@ -55,6 +55,7 @@ class Lease(ABC):
         self._folder = folder
         self._mine = mine
         self._is_held = True
+        self._taken_over: TakenOver | None = None
 
     @classmethod
     def acquire(
@@ -102,6 +103,11 @@ class Lease(ABC):
                 f"{_run(self._folder)} was taken over by {found or 'somebody who removed its lease'}: this driver "
                 "writes no more checkpoints; train under another run_name"
             )
+
+    def check_known(self) -> None:
+        """Raises TakenOver where it is known by now that another driver has the lease; asks nobody."""
+        if self._taken_over is not None:
+            raise self._taken_over
 
     def release(self) -> None:
         """Gives the lease back. Nothing if that was done before, or it is another's by now."""
@@ -196,10 +202,13 @@ class _ObjectLease(Lease):
         self._folder.replace(LEASE, replace(self._mine, renewed=self._clock()).encode())
 
     def _keep(self) -> None:
-        while not self._released.wait(RENEW_SECONDS):
+        while not self._released.wait(RENEW_SECONDS) and self._taken_over is None:
             # What is wrong now may be mended in time; else the check before the next commit tells it.
             with suppress(Exception):
-                self.check()
+                try:
+                    self.check()
+                except TakenOver as error:
+                    self._taken_over = error
 
     def _unlock(self) -> None:
         self._released.set()

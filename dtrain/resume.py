@@ -59,22 +59,29 @@ def find(resume: Resume, folder: RunFolder | None) -> tuple[LoadedCheckpoint | N
     return loaded, refused
 
 
-def with_seed_of(manifest: Manifest, plan: FitPlan) -> FitPlan:
-    """The plan with the order of rows that the run began with: it hangs on the seed, and on which fit it was."""
-    seed = tuple(manifest.extra.get("plan", {}).get("seed", ())) or plan.train.seed
-    return replace(plan, train=replace(plan.train, seed=seed))
+def as_begun(manifest: Manifest, plan: FitPlan) -> FitPlan:
+    """The plan with the order of rows that the run began with, and its first epoch.
+
+    The order hangs on the seed, and on which fit it was.
+    """
+    begun = manifest.extra.get("plan", {})
+    seed = tuple(begun.get("seed", ())) or plan.train.seed
+    first = begun.get("initial_epoch", plan.initial_epoch)
+    return replace(plan, initial_epoch=first, train=replace(plan.train, seed=seed))
 
 
-def plan_on_record(plan: FitPlan, opened: BatchPlan | None = None) -> dict[str, Any]:
+def plan_on_record(plan: FitPlan, data: str | None, opened: BatchPlan | None = None) -> dict[str, Any]:
     """What the position of a checkpoint refers to: JSON values.
 
     Args:
         plan: what is trained.
+        data: a digest of its rows; None: nobody knows.
         opened: what the data, once they were open, made of it; of data in batches it knows no order.
     """
     given = plan.train
     order = {"seed": given.seed, "shuffle": given.shuffle, "initial_epoch": plan.initial_epoch}
-    record: dict[str, Any] = json.loads(json.dumps({**asdict(opened or given), **order}))
+    contents = {} if data is None else {"data_digest": data}
+    record: dict[str, Any] = json.loads(json.dumps({**asdict(opened or given), **order, **contents}))
     return record
 
 
@@ -96,12 +103,14 @@ def check_plan(manifest: Manifest, now: Mapping[str, Any]) -> list[str]:
     return [f"{name} {_short(now[name])} instead of {_short(before[name])}" for name in changed]
 
 
-def other_circumstances(manifest: Manifest, world_size: int, versions: Mapping[str, str]) -> list[str]:
-    """What else is not as it was, in words: each makes the last bits of floating-point numbers differ."""
+def other_circumstances(manifest: Manifest, world_size: int, versions: Mapping[str, str], structure: str) -> list[str]:
+    """What else is not as it was, in words: each makes the last bits of floating-point numbers differ, at least."""
     found = []
+    if manifest.model_digest and structure and manifest.model_digest != structure:
+        found.append("another model, with the same weights (layers' settings, optimizer or loss)")
     if manifest.world_size != world_size:
         found.append(f"num_workers {world_size} instead of {manifest.world_size}")
-    settings = ("deterministic", "sync_batch_norm", "sparse_as_dense", "floatx")
+    settings = ("deterministic", "sync_batch_norm", "sparse_as_dense", "floatx", "dtype_policy", "validation_digest")
     for name in ("tensorflow", "keras", "horovod", "numpy", "cpu", "threads", *settings):
         before, now = manifest.versions.get(name), versions.get(name)
         if before is not None and now is not None and before != now:

@@ -22,7 +22,7 @@ from dtrain.fit_state import Knowledge
 from dtrain.keras_internals import layers_of, recorded_assignments, seed_generators_of
 from dtrain.losses import exact_losses
 from dtrain.metrics import MetricState, Source, flat_logs, nested_logs, places_in, shared_means
-from dtrain.model import optimizers_of
+from dtrain.model import named_variables, optimizers_of
 from dtrain.optimizer import Reduction, reduce, reduced_gradients
 from dtrain.types import Array, Shapes, Tree
 from dtrain.undo import Records, Skips, Undo
@@ -36,6 +36,8 @@ _RANDOM = {
     *("StatefulUniformInt", "StatefulUniformFullInt", "StatefulRandomBinomial"),
 }
 """TensorFlow's operations that draw on a state of the process, or on a variable that is no Keras variable."""
+_RANDOM_STATE = "StateVar"
+"""What TensorFlow calls that variable."""
 
 
 class Steps:
@@ -72,6 +74,7 @@ class Steps:
         if self._undo is not None:
             self._undo.covers_all = skips
         self._has_warned = False
+        self._unsaved: list[tuple[tf.Variable, Array]] = []
         self._is_custom = any(
             getattr(type(model), name) is not getattr(keras.Model, name) for name in (f"{kind}_step", "compute_metrics")
         )
@@ -128,6 +131,7 @@ class Steps:
         # A sum of g and zeros is g to the last bit; a sum of N times g / N is not.
         counted = float(self._collective.rank == 0) if whole else share
         recorded = function(flat, tf.constant(counted, tf.float64))
+        self._warn_of_unsaved_variables()
         return self._as_returned([value.numpy() for value in recorded])
 
     def undo(self) -> tuple[int, list[Array], dict[str, Array]]:
@@ -178,7 +182,7 @@ class Steps:
         function = tf.function(run, input_signature=signature, autograph=False, jit_compile=False)
         with self._frozen_as_others():
             self._frozen = self._frozen or [not layer.trainable for layer in layers_of(self._model)]
-            function.get_concrete_function()
+            self._unsaved += self._not_saved_of(function.get_concrete_function().variables)
         if self._undo is not None and self._undo.prepare():  # there is more to undo than was known before
             return self._make(specs, structure, whole)
         return function
@@ -239,6 +243,28 @@ class Steps:
             print(
                 f"the model draws random numbers by TensorFlow's own operations ({', '.join(found)}), whose state is"
                 " in no checkpoint: a fit that is gone on with draws others; keras.random with a SeedGenerator is saved"
+            )
+
+    def _not_saved_of(self, variables: Sequence[tf.Variable]) -> list[tuple[tf.Variable, Array]]:
+        """Those that no checkpoint has, as they are now: they may be constants, so only one that changes matters."""
+        own = [part.variables for part in (self._undo, self._skips, self._records) if part is not None]
+        saved = [variable.value for variable in (*named_variables(self._model).values(), *self._metrics.variables)]
+        handles = [variable.handle for variable in (*saved, *(variable for part in own for variable in part))]
+        return [
+            (variable, variable.numpy())
+            for variable in variables
+            if not variable.name.startswith(_RANDOM_STATE) and all(variable.handle is not handle for handle in handles)
+        ]
+
+    def _warn_of_unsaved_variables(self) -> None:
+        """Say once, after the first call, which of them the steps have changed."""
+        unsaved, self._unsaved = self._unsaved, []
+        changed = [variable.name for variable, before in unsaved if not np.array_equal(variable.numpy(), before)]
+        if changed and self._collective.rank == 0:
+            print(
+                f"a step changes variables that are in no checkpoint ({', '.join(changed[:3])}): a fit that is gone on"
+                " with has them as model_fn makes them; make them, or the layer or optimizer that they belong to, an"
+                " attribute of the model"
             )
 
     def _run_eagerly(self, flat: Sequence[tf.Tensor], structure: Tree, share: tf.Tensor, whole: bool) -> Any:

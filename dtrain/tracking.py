@@ -138,6 +138,9 @@ class Tracker(Protocol):
     def finish(self, status: Status, error: str | None = None) -> None:
         """Ends the run when all has been sent, or gives up, saying so, when MLflow does not answer for 30 seconds."""
 
+    def drain(self) -> bool:
+        """Sends what an attempt before could not send."""
+
     def url(self) -> str | None:
         """The run's page, where there is a server."""
 
@@ -179,6 +182,9 @@ class NullTracker:
     def log_model(self, model: Any, example_input: Any, example_output: Any) -> None: ...
 
     def finish(self, status: Status, error: str | None = None) -> None: ...
+
+    def drain(self) -> bool:
+        return True
 
     def url(self) -> str | None:
         return None

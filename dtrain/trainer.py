@@ -488,10 +488,11 @@ class Trainer:
         self._weights.change()
 
     def machine(self) -> dict[str, str]:
-        """Of the first worker, what the bits of floating-point numbers hang on: its CPU and its threads."""
+        """Of the workers, what the bits of floating-point numbers hang on: their CPUs, and the first one's threads."""
         if self._group is None:
             return {}
-        return {"cpu": self._group.workers[0].cpu, "threads": str(self._group.intra_threads)}
+        cpus = dict.fromkeys(worker.cpu for worker in self._group.workers)
+        return {"cpu": " and ".join(cpus), "threads": str(self._group.intra_threads)}
 
     def circumstances(self) -> dict[str, str]:
         """What else they hang on, of what the user has set."""
@@ -500,11 +501,16 @@ class Trainer:
             "sync_batch_norm": str(self.sync_batch_norm),
             "sparse_as_dense": str(self.sparse_as_dense),
             "floatx": str(_keras_settings().get("floatx", "float32")),
+            "dtype_policy": str(_keras_settings().get("dtype_policy", "float32")),
         }
 
     def keep_for_fall_back(self, checkpoint: str) -> None:
         """The newest checkpoint: what goes on from there if the workers are lost."""
         self._weights.committed(checkpoint)
+
+    def begin_again(self) -> None:
+        """The workers died before the first step of what they trained: new ones are to begin as these did."""
+        self._weights.begin_again()
 
     def _let_go_of_the_dead(self) -> None:
         """Workers that a failure ended are none; what became of their weights is settled before anything goes on."""

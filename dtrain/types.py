@@ -220,7 +220,9 @@ class ModelDescription:
     metrics: tuple[str, ...]
     learning_rate: float | None
     signature: str
-    """A digest of the variables' names, shapes and dtypes and of the compile configuration."""
+    """A digest of the variables' shapes and dtypes and of the compile configuration: to be the same on all ranks."""
+    structure: str
+    """A digest of the same and of the layers' settings, the learning rate left out: to be the same when it goes on."""
     exceptions: tuple[str, ...]
     """Sentences on layers for which several workers do not compute what one would."""
 

@@ -63,6 +63,11 @@ class Undo:
         return tf.group(*taken, number, self._finished.assign(tf.cast(finished, tf.int64)))
 
     @property
+    def variables(self) -> list[tf.Variable]:
+        """Its own."""
+        return [self._finished, self._num_taken, *(copy for _, copy in self._copies)]
+
+    @property
     def copies(self) -> list[tuple[Any, tf.Variable]]:
         """What is covered, and the copies taken last."""
         return list(self._copies)
@@ -94,6 +99,11 @@ class Skips:
         self._undo = undo
         self._metrics = metrics
         self._codes = tf.Variable(tf.zeros([0], tf.int32), shape=[None], trainable=False)
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """Its own."""
+        return [self._codes]
 
     def begin(self, num_steps: Any) -> None:
         """Of a call."""
@@ -138,6 +148,11 @@ class Records:
     def __init__(self, states: Sequence[tuple[tf.DType, tf.TensorShape]], num_logs: int) -> None:
         self._states = [_growing(dtype, shape) for dtype, shape in states]
         self._logs = [_growing(tf.float64, tf.TensorShape([])) for _ in range(num_logs)]
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """Its own."""
+        return [*self._states, *self._logs]
 
     def clear(self, num_states: Any, num_logs: Any) -> None:
         """Make room for so many of each."""

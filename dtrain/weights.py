@@ -41,6 +41,8 @@ class Weights:
         self._model_is_current = False  # it has the workers' weights
         self._beside: State = {}  # what belongs to these and is not in the local model
         self._pending: State | None = None  # what the workers get as soon as there are any
+        self._delivered: State | None = None  # what the workers got, and have not trained since
+        self._began_with: State | None = None  # what they got before the training that is in progress, or the last
         self._are_lost = False  # the workers died with them
         self._checkpoint: str | None = None
 
@@ -52,6 +54,11 @@ class Weights:
     def change(self) -> None:
         """The workers are about to train: the local model is no longer current."""
         self._model_is_current = False
+        self._began_with, self._delivered = self._delivered, None
+
+    def begin_again(self) -> None:
+        """What the workers got before the training that is in progress is what new ones are to get."""
+        self._pending = self._pending or self._began_with
 
     def committed(self, checkpoint: str) -> None:
         """The newest checkpoint: what goes on from there if the workers are lost."""
@@ -129,6 +136,7 @@ class Weights:
         except BaseException:
             self._pending = state
             raise
+        self._delivered = state
 
     def keep(self, group: WorkerGroup) -> None:
         """Take the weights from workers that are about to end."""

@@ -17,7 +17,7 @@ from dtrain.types import EpochEnd, FitPlan, ModelDescription, Opened, Position, 
 STEPS_PER_EPOCH = 2
 RATE = 0.5
 """The learning rate of the factory."""
-MODEL = ModelDescription("played", "", 0, 0, "sgd", "mse", ("loss",), RATE, "", ())
+MODEL = ModelDescription("played", "", 0, 0, "sgd", "mse", ("loss",), RATE, "", "", ())
 
 
 class Workers:

@@ -19,7 +19,7 @@ from models import blobs, make_classifier
 
 import dtrain
 from dtrain import cluster, fit_state, lease
-from dtrain.checkpoint import MANIFEST, CheckpointStore, Manifest
+from dtrain.checkpoint import MANIFEST, CheckpointStore, Manifest, read_manifest
 from dtrain.checkpointer import Checkpointer, Saving
 from dtrain.config import CheckpointConfig
 from dtrain.controller import Controller, FitRecord
@@ -79,6 +79,45 @@ def test_what_is_written_becomes_a_checkpoint_while_something_else_is_waited_for
     plan, record = FitPlan(BatchPlan(2, 1), epochs=3), FitRecord()
     Controller(group, NullTracker(), ProgressBar(0)).fit(plan, played.STEPS_PER_EPOCH, b"", saving, record)
     assert seen == [[0], [0], [0, 2], [0, 2, 4]]
+
+
+def test_the_best_checkpoint_has_the_weights_that_were_measured(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of the fit may put others in their place, and what it saves has the last epoch's metrics."""
+    monkeypatch.setattr(cluster, "put", lambda value: value)
+    group: Any = played.Workers()
+    ended = []
+    monkeypatch.setattr(group, "end_fit", lambda: (ended.append(group.position), ({}, []))[1])
+    monkeypatch.setattr(group, "snapshot", lambda key: replace(group.position, step=10 * len(ended)))
+    saving = Saving(store, CheckpointConfig(monitor="loss", keep=1), replace(BLANK, extra={"monitor": "loss"}))
+    Controller(group, NullTracker(), ProgressBar(0)).fit(
+        FitPlan(BatchPlan(2, 1), epochs=1), played.STEPS_PER_EPOCH, b"", saving, FitRecord()
+    )
+    found = [read_manifest(checkpoint.url) for checkpoint in store.list()]
+    assert [(each.best, each.position.step, each.extra.get("finished")) for each in found] == [
+        (1.0, 0, None),
+        (None, 10, True),
+    ]
+    best = store.best("loss")
+    assert best is not None and best[0] == 1.0 and store.best("accuracy") is None
+
+
+def test_a_driver_that_knows_that_it_was_taken_over_ends_at_once(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "put", lambda value: value)
+    past: list[str] = []
+
+    def check() -> None:
+        if "run" in past:
+            raise TakenOver("by another")
+
+    group: Any = played.Workers(meanwhile=past.append)
+    controller = Controller(group, NullTracker(), ProgressBar(0), check_ours=check)
+    with pytest.raises(TakenOver):
+        controller.fit(FitPlan(BatchPlan(2, 1), epochs=3), played.STEPS_PER_EPOCH, b"", None, FitRecord())
+    assert past.count("run") == 1
 
 
 def test_a_monitored_metric_that_is_none_is_told_once(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:

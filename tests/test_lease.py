@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dtrain import lease as module
-from dtrain.errors import CheckpointError, ConfigError
+from dtrain.errors import CheckpointError, ConfigError, TakenOver
 from dtrain.lease import Lease
 from dtrain.storage import Folder
 
@@ -359,6 +359,22 @@ def test_a_lease_is_renewed_while_its_holder_lives(
         assert time.monotonic() < deadline
     held.release()
     assert Folder(remote).entries() == {}
+
+
+def test_a_holder_finds_out_by_itself_that_another_has_its_lease(
+    remote: str, take: Callable[..., Lease], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RENEW_SECONDS", 0.001)
+    held = take(remote)
+    held.check_known()
+    mine = facts(remote)
+    with monkeypatch.context() as patch:
+        patch.setattr(held, "_write", lambda: None)  # or it might write over the other's in this very moment
+        Folder(remote).replace(module.LEASE, json.dumps({**mine, "token": "another's"}).encode())
+        deadline = time.monotonic() + 30
+        with pytest.raises(TakenOver):
+            while time.monotonic() < deadline:
+                held.check_known()
 
 
 def test_a_store_that_does_not_answer_fails_the_check_and_not_the_lease(

@@ -25,11 +25,12 @@ import dtrain
 from dtrain import fit_state
 from dtrain.callback_checkpoint import CallbackState
 from dtrain.checkpoint import CheckpointStore, Manifest, read_manifest
+from dtrain.data.source import ArraySource, describe
 from dtrain.errors import CheckpointError, ConfigError, TakenOver, WorkerDied, WorkerError
 from dtrain.fit_run import newest_numbers
 from dtrain.fit_state import SavedFit, Snapshot, read, write
 from dtrain.lease import LEASE, Lease
-from dtrain.resume import check_plan, find, plan_on_record, with_seed_of
+from dtrain.resume import as_begun, check_plan, find, plan_on_record
 from dtrain.runs import RunFolder, find_run, list_checkpoints, list_runs
 from dtrain.types import Batching, BatchPlan, FitPlan, Position
 
@@ -114,7 +115,8 @@ def test_a_state_that_is_left_out_would_show(ranks: Ranks, tmp_path: Path) -> No
     *words, position, has_gauss = saved[7].own[0]["random/numpy"]
     other_numpy = np.array([*words[::-1], position, has_gauss])
     other_random = [{**own, "random/numpy": other_numpy} for own in saved[7].own]
-    for own in (no_metrics, other_random):
+    same_seeds = [{**own, **{k: v for k, v in saved[7].own[0].items() if k.startswith("seed")}} for own in saved[7].own]
+    for own in (no_metrics, other_random, same_seeds):
         maimed = replace(saved[7], own=tuple(own))
         found = ranks.run(2, resumption.resumed, name, "float32", maimed, False)
         assert [digest for digest, _ in found] != [digest for digest, _, _ in outcomes]
@@ -350,10 +352,10 @@ def test_checkpoints_asked_for_faster_than_they_are_written_hold_up_the_training
 
 def test_the_order_of_data_in_batches_is_on_record_though_only_their_number_is_known() -> None:
     plan = FitPlan(Batching(seed=(3, 1), shuffle=True), 2)
-    record = plan_on_record(plan, BatchPlan(5, 1))
+    record = plan_on_record(plan, None, BatchPlan(5, 1))
     assert (record["num_rows"], record["seed"], record["shuffle"]) == (5, [3, 1], True)
     manifest = Manifest(step=0, position=Position(0, 0), world_size=1, seed=3, extra={"plan": record})
-    assert with_seed_of(manifest, FitPlan(Batching(seed=(8, 0), shuffle=True), 2)).train.seed == (3, 1)
+    assert as_begun(manifest, FitPlan(Batching(seed=(8, 0), shuffle=True), 2)).train.seed == (3, 1)
     assert check_plan(manifest, record) == []
 
 
@@ -371,19 +373,23 @@ def test_a_metric_that_is_an_array_does_not_keep_a_run_from_saying_how_it_went(t
     assert list_runs(tmp_path)[0].metrics == {"loss": 1.0}
 
 
+ROWS = ArraySource(*blobs(100))
+OTHER_ROWS = ArraySource(blobs(100)[0], blobs(100)[1][::-1].copy())
+
+
 class TestBeforeAnythingStarts:
     @pytest.fixture
     def run(self, in_tmp: Path) -> CheckpointStore:
         """The checkpoints of a run, the newest of them in the middle of an epoch."""
         store = CheckpointStore(str(in_tmp / "dtrain_runs" / "old" / "checkpoints"))
-        plan = plan_on_record(FitPlan(BatchPlan(100, 8, shuffle=True, seed=(0, 0)), 2))
+        plan = plan_on_record(FitPlan(BatchPlan(100, 8, shuffle=True, seed=(0, 0)), 2), describe(ROWS).digest)
         for step in (13, 17):
             history = CallbackState("History", {"attributes": {"history": {}, "epoch": []}}, {})
             snapshot = Snapshot(Position(1, step - 13), {}, {}, [history])
             staging = store.stage(step)
             files = write(snapshot, staging, 0)
             store.commit(staging, Manifest(step=step, position=snapshot.position, world_size=1, seed=0, files=files,
-                                           extra={"plan": plan}))  # fmt: skip
+                                           model_digest="before", extra={"plan": plan}))  # fmt: skip
         return store
 
     @pytest.mark.parametrize(
@@ -394,6 +400,7 @@ class TestBeforeAnythingStarts:
             ({"resume": "auto", "checkpoint": False}, ConfigError, ["checkpoint=False", "leave out"]),
             ({"resume": "nowhere", "run_name": "new"}, CheckpointError, ["nowhere", "no checkpoint"]),
             ({"resume": "auto", "batch_size": 16}, CheckpointError, ["batch_size=16 was 8", "epoch 2"]),
+            ({"resume": "auto", "data": OTHER_ROWS}, CheckpointError, ["data_digest=", "epoch 2"]),
             ({"run_name": "old"}, ConfigError, ["run_name='old' exists already", 'fit(resume="auto")']),
             (
                 {"resume": "dtrain_runs/old/checkpoints/step-000000013"},
@@ -405,18 +412,33 @@ class TestBeforeAnythingStarts:
     def test_what_cannot_be_gone_on_with(
         self, run: CheckpointStore, arguments: dict[str, Any], error: type[Exception], words: list[str]
     ) -> None:
-        given = {"run_name": "old", "checkpoint": True, "resume": False, "batch_size": 8, **arguments}
+        given = {"run_name": "old", "checkpoint": True, "resume": False, "batch_size": 8, "data": ROWS, **arguments}
         trainer = dtrain.Trainer(make_model, run_name=given["run_name"], checkpoint=given["checkpoint"], tracking=False)
         with pytest.raises(error) as caught:
-            trainer.fit(*blobs(100), batch_size=given["batch_size"], epochs=2, resume=given["resume"])
+            trainer.fit(given["data"], batch_size=given["batch_size"], epochs=2, resume=given["resume"])
         assert all(word in str(caught.value) for word in words), str(caught.value)
         assert [checkpoint.step for checkpoint in run.list()] == [13, 17]
+
+    def test_what_is_no_longer_as_it_was_is_told(
+        self, run: CheckpointStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        older, newest = run.list()
+        Path(newest.url, "manifest.json").unlink()
+        played.by(played.Workers(), monkeypatch)
+        monkeypatch.setattr(played.Workers, "description", replace(played.MODEL, structure="now"))
+        trainer = dtrain.Trainer(make_model, run_name="old", tracking=False, deterministic=False)
+        trainer.fit(OTHER_ROWS, batch_size=8, initial_epoch=1, epochs=2, verbose=2, resume="auto")
+        told = capsys.readouterr().out
+        assert f"from {older.url}" in told and "initial_epoch=1 has no effect" in told
+        (changed,) = [line for line in told.splitlines() if line.startswith("not bit for bit")]
+        assert all(word in changed for word in ("data_digest", "another model", "deterministic=False")), changed
 
     def test_a_damaged_newest_one_is_passed_over_and_named(
         self, run: CheckpointStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         older, damaged = run.list()
         newest = Path(damaged.url) / "fit.json"
+        size = newest.stat().st_size
         newest.write_bytes(newest.read_bytes()[:-1])
         loaded, refused = find("auto", RunFolder(str(Path(run.url).parent)))
         assert loaded is not None and loaded.manifest.step == 13 and "fit.json" in refused[0]
@@ -426,5 +448,5 @@ class TestBeforeAnythingStarts:
         trainer = dtrain.Trainer(make_model, run_name="old", tracking=False)
         trainer.fit(*blobs(100), batch_size=8, epochs=2, verbose=2, resume="auto")
         told = capsys.readouterr().out.splitlines()
-        assert told[1].startswith(f"passed over: {damaged.url} is damaged: fit.json has 103 bytes, not 104")
+        assert told[1].startswith(f"passed over: {damaged.url} is damaged: fit.json has {size - 1} bytes, not {size}")
         assert told[2] == f"going on at epoch 2 from {older.url}"

@@ -299,8 +299,9 @@ def test_results_of_metrics_are_traced_once_besides_the_step_that_returns_them()
 
     model = keras.Sequential([keras.Input((5,)), layers.Dense(1)])
     model.compile("sgd", "mse", metrics=[Counted()])
-    replica = Replica(model, LocalCollective())
-    x, y = blobs(8)
+    replica, (x, y) = Replica(model, LocalCollective()), blobs(8)
+    replica.build((x, y))
+    calls = 0
     for _ in range(3):
         replica.on_batch("train", ArraySource(x, y))
     assert calls == 2
@@ -332,3 +333,30 @@ def test_random_numbers_that_no_checkpoint_has_are_named_once(
         replica.on_batch("train", ArraySource(x, y[:, None]))
     printed = capsys.readouterr().out
     assert printed.count("in no checkpoint") == (1 if named else 0) and (named or "") in printed
+
+
+class HidesItsOptimizer(Plain):
+    """Where no attribute leads to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        optimizer = keras.optimizers.Adam(0.1, name="hidden")
+        self._hidden = lambda: optimizer
+
+    def train_step(self, data: Any) -> Any:
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x=x, y=y, y_pred=self(x, training=True))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self._hidden().apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        return {"loss": loss}
+
+
+def test_variables_that_a_step_changes_and_no_checkpoint_has_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    replica = Replica(made(HidesItsOptimizer, False), LocalCollective())
+    for _ in range(2):
+        replica.on_batch("train", ArraySource(*data()))
+    printed = capsys.readouterr().out
+    assert printed.count("in no checkpoint (") == 1 and "hidden" in printed
+    Replica(made(Plain, False), LocalCollective()).on_batch("train", ArraySource(*data()))
+    assert capsys.readouterr().out == ""

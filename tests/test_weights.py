@@ -136,7 +136,7 @@ def test_it_outlives_workers_that_only_predict_and_weights_that_are_set(weights:
 
 def test_it_is_restored_from_a_checkpoint(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Group().train()
-    tensors = {checkpoints.MODEL_FILE: first.replica.read_state()}
+    tensors = {checkpoints.MODEL_FILE: first.replica.read_state(), "rank-0000.safetensors": {}}
     loaded = SimpleNamespace(tensors=tensors, manifest=SimpleNamespace(world_size=1))
     monkeypatch.setattr("dtrain.weights.load", lambda url: loaded)
     weights.take_checkpoint("somewhere", None)
@@ -144,6 +144,29 @@ def test_it_is_restored_from_a_checkpoint(weights: Weights, tmp_path: Path, monk
     second = Group(8).build()
     weights.deliver(second)
     assert same(second.state(), first.state())
+
+
+def test_workers_that_die_before_a_step_is_trained_are_followed_by_some_with_the_same_weights(
+    weights: Weights,
+) -> None:
+    model = weights.local_model(None)
+    weights.take_model(model, None)
+    first = Group().build()
+    weights.deliver(first)
+    weights.change()  # as a fit is about to begin
+    first.closed = True
+    weights.begin_again()
+    weights.keep(first)
+    second = Group(8).build()
+    weights.deliver(second)
+    assert np.array_equal(second.replica.model.out.kernel, model.out.kernel)
+    weights.change()
+    second.train()
+    weights.change()  # the next one: what was delivered is no longer what it begins with
+    second.closed = True
+    weights.begin_again()
+    weights.keep(second)
+    assert not weights.outlive(None)
 
 
 def test_weights_set_before_the_first_fit_leave_the_workers_their_seeds(weights: Weights) -> None:
