@@ -18,21 +18,15 @@ from dtrain.checkpointer import Checkpointer, Saving
 from dtrain.config import FailureConfig
 from dtrain.data.sampler import Sampler
 from dtrain.errors import NotFinite
+from dtrain.findings import Findings
 from dtrain.fit_state import Lost, SavedFit, Standing
 from dtrain.heartbeat import Heartbeat
 from dtrain.interrupts import Interrupts
-from dtrain.policy import next_segment_steps, who_is_slow
+from dtrain.policy import next_segment_steps
 from dtrain.recoveries import Recoveries
 from dtrain.tracking import Tracker
 from dtrain.types import Batching, BatchPlan, EpochEnd, FitPlan, Logs, Position, Segment, SegmentResult
 from dtrain.worker_group import LAST_PROGRESS_SECONDS, PROGRESS_SECONDS, GroupBroken, WorkerGroup
-
-SLOW_SEGMENTS = 3
-"""A rank that keeps the others waiting for so many segments in a row is told."""
-SKIPPED_SHOWN = 3
-"""So many steps that were left out are told of a segment, by number."""
-MANY_SKIPPED = 25
-"""So many steps in a row that were left out end the fit."""
 
 
 class Display(Protocol):
@@ -114,9 +108,7 @@ class Controller:
         self._last: list[SegmentResult] = []  # of them, what each rank returned
         self._epoch_started = 0.0
         self._is_to_grow, self._may_grow = False, True
-        self._skipped, self._skipped_in_a_row = 0, 0
-        self._slow: tuple[Any, int] = (None, 0)  # rank and what it does, and for how many segments
-        self._told_slow: list[Any] = []
+        self._findings = Findings(lambda: group.workers, lambda line: display.note(line))
         self._checkpointer: Checkpointer | None = None
         self._heartbeat: Heartbeat | None = None
 
@@ -336,7 +328,7 @@ class Controller:
     def _count_workers(self, record: FitRecord) -> int:
         """Put on record how many there are by now."""
         number = self._display.workers = len(self._group.workers)
-        self._slow, self._told_slow = (None, 0), []  # ranks may have other numbers
+        self._findings.renumber()
         self._tracker.log(max(0, record.steps - 1), {"num_workers": number})  # no step further than the steps on record
         return number
 
@@ -462,13 +454,7 @@ class Controller:
                 self._last = list(answers)
         record.steps += result.num_steps
         self._tracker.log_steps(record.steps - _length(result.step_logs), result.step_logs, result.seconds)
-        self._look_for_who_is_slow(answers)
-        skipped = {step for answer in answers for step in answer.skipped}
-        self._tell_skipped(skipped, answers, record)
-        looks = self._failure.on_nan != "ignore" and not result.stop
-        # What a step of the model's own returned may still be NaN where the step was left out.
-        if looks and step - 1 not in skipped and not math.isfinite(result.logs.get("loss", 0.0)):
-            self._end_with_what_is_not_finite(answers, record.steps - result.num_steps)
+        self._look_into(answers, record.steps - result.num_steps, record.position.step)
         record.position, record.stopped = result.position, result.stop
         record.logs = result.epoch_end.logs if result.epoch_end is not None else result.logs
         if rate is not None:
@@ -481,75 +467,38 @@ class Controller:
             self._end_epoch(result.epoch_end, self._clock() - self._epoch_started, record)
         return result
 
-    def _look_for_who_is_slow(self, answers: Sequence[SegmentResult]) -> None:
-        """Say, once of each, which rank has kept the others waiting for some segments in a row, and what it did."""
-        found = None
-        if len(answers) == len(self._group.workers) and self._segments > 1:  # the first ones build graphs
-            found = who_is_slow(answers[0].seconds, [answer.spent for answer in answers])
-        culprit = found[:2] if found is not None else None
-        self._slow = (culprit, self._slow[1] + 1 if culprit == self._slow[0] else 1)
-        if found is None or self._slow[1] < SLOW_SEGMENTS or culprit in self._told_slow:
-            return
-        self._told_slow.append(culprit)
-        rank, what, share = found
-        self._display.note(
-            f"rank {rank} on {self._group.workers[rank].host} is slow: the others wait {share:.0%} of the time for it,"
-            f" which it spends {'in callbacks' if what == 'callbacks' else what}"
-        )
+    def _look_into(self, answers: Sequence[SegmentResult], first: int, start: int) -> None:
+        """See that what the ranks returned is as it should be, and tell what is not.
 
-    def _tell_skipped(self, skipped: set[int], answers: Sequence[SegmentResult], record: FitRecord) -> None:
-        """Say which steps of a segment were left out, and on which ranks it began.
+        Args:
+            answers: of a segment.
+            first: the step of the run that it begins with.
+            start: the same step of the epoch.
 
         Raises:
-            NotFinite: there were too many in a row.
+            NotFinite: it ends the fit; the group is closed.
         """
-        first, num_steps = record.position.step, answers[0].num_steps
-        before = record.steps - num_steps - first  # the epoch
-        for step in range(first, first + num_steps) if skipped else ():
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if step in skipped else 0
-        if not skipped:
-            self._skipped_in_a_row = 0 if num_steps else self._skipped_in_a_row
-            return
-        self._skipped += len(skipped)
-        for step in sorted(skipped)[:SKIPPED_SHOWN]:
-            workers = self._group.workers
-            ranks = [rank for rank, answer in enumerate(answers) if answer.skipped.get(step)]
-            where = ", ".join(f"rank {rank} on {workers[rank].host}" for rank in ranks) or "all ranks"
-            self._display.note(f"step {before + step} of the run was left out: it is not finite, on {where}")
-        if len(skipped) > SKIPPED_SHOWN:
-            self._display.note(f"{len(skipped) - SKIPPED_SHOWN} more steps were left out after it")
-        self._tracker.log(before + max(skipped), {"skipped_steps": self._skipped})
-        if self._skipped_in_a_row >= MANY_SKIPPED:
+        findings = self._findings
+        if self._segments > 1:  # the first ones build graphs
+            findings.look_for_who_is_slow(answers)
+        try:
+            skipped = findings.look_for_skipped(answers, first, start)
+        except NotFinite:
             self._group.fail()
-            raise NotFinite(
-                f"the last {self._skipped_in_a_row} steps, up to step {before + max(skipped)} of the run, were all left"
-                " out: a smaller learning rate, clipnorm in the optimizer, or a look at the data may help",
-                None,
-                None,
-            )
-
-    def _end_with_what_is_not_finite(self, answers: Sequence[SegmentResult], steps: int) -> None:
-        """End the fit, `steps` before the segment; the weights are lost, so nobody is asked for them.
-
-        Raises:
-            NotFinite: always.
-        """
-        found = {rank: answer.not_finite_from for rank, answer in enumerate(answers)}
-        first = min((step for step in found.values() if step is not None), default=answers[0].num_steps - 1)
-        is_of_all = len(answers) == len(self._group.workers)  # else one tells it for the others
-        ranks = [rank for rank, step in found.items() if step == first] if is_of_all else []
-        workers = self._group.workers
-        where = ", ".join(f"rank {rank} on {workers[rank].host}" for rank in ranks) or "all ranks"
-        if self._checkpointer is not None:
-            self._checkpointer.finish()
-        self._group.close()
-        raise NotFinite(
-            f"the loss is {answers[0].logs['loss']} from step {steps + first} of the run on, first on {where}: a"
-            " smaller learning rate, clipnorm in the optimizer, or a look at that step's data may help;"
-            " FailureConfig(on_nan='ignore') trains on",
-            ranks[0] if ranks else None,
-            workers[ranks[0]].host if ranks else None,
-        )
+            raise
+        if skipped:
+            self._tracker.log(max(skipped), {"skipped_steps": findings.num_skipped})
+        # What a step of the model's own returned may still be NaN where the step was left out.
+        last = first + answers[0].num_steps - 1
+        if self._failure.on_nan == "ignore" or answers[0].stop or last in skipped:
+            return
+        try:
+            findings.look_for_not_finite(answers, first)
+        except NotFinite:
+            if self._checkpointer is not None:
+                self._checkpointer.finish()
+            self._group.close()
+            raise
 
     def _end_epoch(self, end: EpochEnd, seconds: float, record: FitRecord) -> None:
         record.epochs.append(end.epoch)
