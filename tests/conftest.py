@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="compare with plain Keras for all N, models and dtypes")
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups become part of names
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What starts Ray, ranks or whole programs is slow: `make test-fast` leaves it out."""
     if not config.getoption("--full"):
