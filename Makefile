@@ -4,7 +4,7 @@ SHELL := /bin/bash
 UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 RUN := .venv/bin
 DATA ?= mnist
-BESIDE = --numprocesses=$(or $(JOBS),2) --dist=loadgroup --no-loadscope-reorder
+BESIDE = --numprocesses=$(or $(JOBS),2) --dist=loadfile --no-loadscope-reorder
 
 # To compile TensorFlow's Python takes three times as long as to import it: only the first process is to do it.
 unexport PYTHONDONTWRITEBYTECODE

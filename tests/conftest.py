@@ -26,7 +26,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="compare with plain Keras for all N, models and dtypes")
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups become part of names
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What starts Ray, ranks or whole programs is slow: `make test-fast` leaves it out."""
     if not config.getoption("--full"):
@@ -37,30 +36,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if slow & set(getattr(item, "fixturenames", ())) or item.path.name in programs:
             item.add_marker(pytest.mark.slow)
-    in_groups(items)
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
-LONGEST = (
-    "exactness",
-    "test_scenarios",
-    "test_recovery",
-    "test_resume",
-    "test_streams",
-    "test_callbacks",
-    "test_failures",
-)
-"""What takes the most time; the rest follows in the order of names."""
-
-
-def in_groups(items: list[pytest.Item]) -> None:
-    """What shares runs, workers or files stays in one process, where there are several; the longest come first."""
-
-    def group(item: pytest.Item) -> str:
-        return "exactness" if item.path.parent.name == "exactness" else item.path.stem
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
+LONGEST = ("test_features", "test_scenarios", "test_recovery", "test_resume", "test_streams", "test_callbacks")
+"""Files that take the most time come first, so that processes side by side end together; then the rest, by name."""
 
 
 POOL = Ranks(3)

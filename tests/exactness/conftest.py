@@ -70,9 +70,10 @@ class Lab:
         return made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lab(ranks: Ranks, request: pytest.FixtureRequest) -> Lab:
-    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    items = [item for item in request.session.items if item.path == request.path]
+    calls = [item.callspec.params for item in items if hasattr(item, "callspec")]
     wanted: list[tuple[str, str, str]] = []
     for call in calls:
         if {"feature", "dtype"} <= set(call):
