@@ -50,6 +50,8 @@ STACK_SECONDS = 3.0
 """How long they have to say where they are, once one hangs."""
 GLOO_FACTOR = 1.5
 """Gloo gives up a silent peer after so many times the timeout for hangs: who hangs is to be known before."""
+ENDED_SECONDS = 1.0
+"""A process that was ended has so long to be known as dead; if its node cannot be reached, it counts as that."""
 DRAIN_SECONDS = 60.0
 """How long what was sent ahead to workers whose group broke may take to come back, which it does at once."""
 RESCUE_SECONDS = 10.0
@@ -131,7 +133,7 @@ class WorkerGroup:
         self._looked = 0.0
         self._beats: dict[int, Any] = {}
         self._asked = 0.0
-        self._ended: dict[int, str] = {}  # by us, and why
+        self._ended: dict[int, tuple[str, float]] = {}  # by us: why, and when
         self._told: dict[str, tuple[Any, ...]] = {}  # what a newcomer is to be told to be what the others are
         self._late_polls: dict[int, Any] = {}
         self._rendezvous: RendezvousServer | None = None
@@ -283,7 +285,8 @@ class WorkerGroup:
         return [getattr(actor, method).options(**options).remote(*args, **kwargs) for actor in actors]
 
     def drain(self, calls: Sequence[Any]) -> None:
-        """Wait until calls have ended, whatever came of them."""
+        """Wait until calls to all ranks have ended, whatever came of them; but not for processes that were ended."""
+        calls = [call for rank, call in enumerate(calls) if rank not in self._ended]
         with self._interrupts.watched():
             deadline = time.monotonic() + DRAIN_SECONDS
             while time.monotonic() < deadline and not self.have_answered(calls):
@@ -324,10 +327,13 @@ class WorkerGroup:
                     rank = pending.pop(call)
                     result = outcome_of(call)
                     if isinstance(result, Failure) and result.died and rank in self._ended:
-                        result = replace(result, error=self._ended[rank])
+                        result = replace(result, error=self._ended[rank][0])
                     if isinstance(result, Failure) and not failures:
                         deadline = min(deadline, time.monotonic() + blame)
                     (failures if isinstance(result, Failure) else results)[rank] = result
+                for call, rank in [(call, rank) for call, rank in pending.items() if self._counts_as_dead(rank)]:
+                    del pending[call]
+                    failures[rank] = Failure(self._ended[rank][0], traceback="", died=True)
                 if any(not failure.lost_peer and not (survivable and failure.died) for failure in failures.values()):
                     break  # the culprit is known; the others are stuck waiting for it
                 self._interrupts.check()
@@ -345,6 +351,9 @@ class WorkerGroup:
             raise GroupBroken(sorted(dead), told)
         self.fail(dead)
         raise error
+
+    def _counts_as_dead(self, rank: int) -> bool:
+        return rank in self._ended and time.monotonic() - self._ended[rank][1] > ENDED_SECONDS
 
     def fail(self, dead: Sequence[int] = ()) -> None:
         """Close after a failure, when some ranks are dead; what can be saved of the workers' state is `rescued`."""
@@ -404,14 +413,13 @@ class WorkerGroup:
 
     def end(self, rank: int, why: str) -> None:
         """End a process that hangs: with SIGKILL, which ends those that are stopped, too."""
-        self._ended[rank] = why
+        self._ended[rank] = why, time.monotonic()
         worker = self.workers[rank]
         if worker.node_id == ray.get_runtime_context().get_node_id():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(worker.pid, signal.SIGKILL)
+            _kill(worker.pid)
         else:
             strategy = NodeAffinitySchedulingStrategy(worker.node_id, soft=False)
-            ray.remote(num_cpus=0)(os.kill).options(scheduling_strategy=strategy).remote(worker.pid, signal.SIGKILL)
+            ray.remote(num_cpus=0)(_kill).options(scheduling_strategy=strategy).remote(worker.pid)
 
     def close(self) -> None:
         """End all processes and give back their room. May be called again, and in any state.
@@ -521,6 +529,11 @@ class WorkerGroup:
         self._generation += 1
         self.wait(calls)
         self._start_spares()
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def threads_for(cpus: float, workers_on_node: int) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,49 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
-import keras
 import models
 import numpy as np
 import pytest
 import ray
+import sizes
 from models import blobs, make_exact_model
+from sizes import Sizes, sizes_in
 
 import dtrain
 from dtrain.errors import ConfigError
 
-for module in (models, sys.modules[__name__]):  # the workers do not have the tests' folder on their path
+for module in (models, sizes):  # the workers do not have the tests' folder on their path
     cloudpickle.register_pickle_by_value(module)
 
 CPUS = 8
 """Of the tests' Ray."""
-
-
-class Sizes(keras.callbacks.Callback):
-    """Writes down how large the group is in each step, and stops after the epoch in which it has been as it should."""
-
-    def __init__(self, file: Path, wanted: list[int]) -> None:
-        super().__init__()
-        self.file, self.wanted = file, wanted
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        import horovod.tensorflow as hvd
-
-        with self.file.open("a") as file:
-            file.write(f"{hvd.size() if hvd.is_initialized() else 1}\n")
-        time.sleep(0.02)
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self.model.stop_training = sizes_in(self.file)[-len(self.wanted) :] == self.wanted
-
-
-def sizes_in(file: Path) -> list[int]:
-    """Each that is followed by another, and the last; those of three steps at least."""
-    sizes = file.read_text().split() if file.exists() else []
-    found: list[int] = []
-    for index, size in enumerate(sizes):
-        if sizes[index : index + 3] == [size] * 3 and found[-1:] != [int(size)]:
-            found.append(int(size))
-    return found
 
 
 @contextmanager
