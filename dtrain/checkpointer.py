@@ -118,7 +118,7 @@ class Checkpointer:
         self.take(step, metrics, **extra)
         self.finish()
 
-    def take_best(self, step: int, metrics: Logs) -> None:
+    def take_best(self, step: int, metrics: Logs, **extra: Any) -> None:
         """Make a checkpoint of the state as it is now, where that is the best so far.
 
         The end of a fit may put other weights in its place: averages, or those of the best epoch by another metric.
@@ -126,7 +126,7 @@ class Checkpointer:
         self.finish()
         saving = self._saving
         if saving is not None and is_better(saving.config, metrics, self._best[0] if self._best else None):
-            self.take(step, metrics)
+            self.take(step, metrics, **extra)
 
     def take(self, step: int, metrics: Logs, **extra: Any) -> None:
         """Have the workers copy the state as it is now, and write that while they train on."""

@@ -170,7 +170,7 @@ class Controller:
     def _finish(self, checkpointer: Checkpointer, record: FitRecord, has_news: bool) -> None:
         """End the fit on the workers, which restores the best weights, or takes their averages: that is saved, too."""
         if has_news:
-            checkpointer.take_best(record.steps, record.logs)
+            checkpointer.take_best(record.steps, record.logs, **_stopped(record))
         finished = self._group.call("end_fit", watch=self._watch)
         self._watch(True)
         record.history, record.callback_states = finished[0]
@@ -427,9 +427,7 @@ class Controller:
 
     def _save(self, checkpointer: Checkpointer, record: FitRecord, **extra: Any) -> None:
         """Make a checkpoint, and wait for it."""
-        if record.stopped:
-            extra["stopped"] = True
-        checkpointer.save(record.steps, record.logs, **extra)
+        checkpointer.save(record.steps, record.logs, **_stopped(record), **extra)
 
     def _next_segment(self, position: Position, remaining: int | None, due: int | None) -> Segment:
         """`due`: steps to the next checkpoint, which no segment reaches over."""
@@ -520,7 +518,8 @@ class Controller:
 
     def _watch(self, is_last: bool = False) -> None:
         """Show how far rank 0 is and what it printed; the last time all of it, after an answer that was late."""
-        self._check_ours()
+        if not is_last:  # before a failure is told, which comes first
+            self._check_ours()
         if self._checkpointer is not None:
             self._checkpointer.commit()
         self._end_who_hangs()
@@ -535,6 +534,11 @@ class Controller:
                 self._display.update(progress.step, progress.logs, self._rate)
             for line in progress.printed:
                 self._display.print(line)
+
+
+def _stopped(record: FitRecord) -> dict[str, bool]:
+    """What a checkpoint says of a fit that a callback has stopped."""
+    return {"stopped": True} if record.stopped else {}
 
 
 def _segments(sent: Iterable[tuple[Any, Any]]) -> int:

@@ -36,7 +36,7 @@ def describe_run(
     run_name: str,
     plan: FitPlan,
     data: Mapping[str, Any],
-    described: Mapping[str, Description],
+    described: Mapping[str, Description | None],
     opened: Mapping[str, Opened],
     model: ModelDescription | None,
     settings: Mapping[str, Any],

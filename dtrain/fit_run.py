@@ -74,7 +74,7 @@ class FitRun:
         self._record = FitRecord()
         self._model: ModelDescription | None = None
         self._data = {"train": wanted.train, "validation": wanted.validation}
-        self._descriptions: Mapping[str, Description] | None = None
+        self._descriptions: dict[str, Description] = {}
         self._opened: dict[str, Opened] = {}
         self._display = ProgressBar(verbose, wanted.plan.epochs, workers=trainer.world_size)
         self._folder: RunFolder | None = None
@@ -320,18 +320,21 @@ class FitRun:
             "model_fn": f"{model_fn.__module__}.{getattr(model_fn, '__qualname__', type(model_fn).__name__)}",
         }
         address = cluster.address() or "local"
-        known = self._data, self._described(), self._opened, self._model, settings, trainer.config, address
+        described = {context: self._description_of(context) for context in self._data}
+        known = self._data, described, self._opened, self._model, settings, trainer.config, address
         self._tracker.start(describe_run(self._name, self._plan, *known))
 
-    def _described(self) -> Mapping[str, Description]:
-        """Of the data that have rows, what is in them, which is found out once."""
-        if self._descriptions is None:
-            has_rows = {context: given for context, given in self._data.items() if isinstance(given, DataSource)}
-            self._descriptions = {context: describe(given) for context, given in has_rows.items()}
-        return self._descriptions
+    def _description_of(self, context: str) -> Description | None:
+        """What is in the data, where they have rows and anybody will ask; found out once."""
+        given = self._data[context]
+        if (self._folder is None and self._loaded is None) or not isinstance(given, DataSource):
+            return None
+        if context not in self._descriptions:
+            self._descriptions[context] = describe(given)
+        return self._descriptions[context]
 
     def _digest_of(self, context: str) -> str | None:
-        found = self._described().get(context)
+        found = self._description_of(context)
         return found.digest if found is not None else None
 
     def _saving(self, plan: dict[str, Any]) -> Saving | None:

@@ -10,7 +10,7 @@ When a checkpoint is made is decided in controller.py; what is in the arrays is 
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -166,6 +166,7 @@ class Handover:
         own: what a custom step returned besides metrics, in the part's steps, times the rank's share.
         knowledge: of the training step.
         stop: a callback set `stop_training`.
+        draws: how many numbers each random generator has given since the last segment, or since the fit began.
     """
 
     fit: SavedFit
@@ -179,6 +180,7 @@ class Handover:
     own: Mapping[str, Array]
     knowledge: Knowledge
     stop: bool
+    draws: Sequence[int]
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ may not import Keras. tests/test_keras_internals.py says what each of them must 
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import keras
-import numpy as np
 from keras.src.backend import compute_output_spec
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.variables import Variable
@@ -31,9 +30,10 @@ from dtrain.data.source import leaves
 from dtrain.errors import DataError
 from dtrain.types import Shapes, Tree
 
-_PERIOD = 933199
+DRAWS = 933199
 
 __all__ = [
+    "DRAWS",
     "KerasInput",
     "Mean",
     "Variable",
@@ -43,13 +43,13 @@ __all__ = [
     "build_from_batch",
     "build_from_inputs",
     "compiled_parts",
+    "drawn_unordered",
     "get_keras_mask",
     "global_seed_generator",
     "is_default",
     "is_update_step",
     "layers_of",
     "loss_module",
-    "next_until",
     "profiles",
     "recorded_assignments",
     "schedule_of",
@@ -113,17 +113,13 @@ def global_seed_generator() -> Any:
     return seed_module.global_seed_generator()
 
 
-def next_until(words: Any, second: int) -> Any:
-    """A state of the global generator, drawn from until its second word is this one; None: it never is.
+def drawn_unordered(words: Sequence[int]) -> list[int]:
+    """The state of the global generator after another number: as `SeedGenerator.next(ordered=False)` leaves it.
 
-    What it does is `SeedGenerator.next(ordered=False)`, whose numbers come around after 933,198 draws.
+    Unlike with layers' generators, of which the second word counts and the first stays, both become others. They come
+    around after fewer than `DRAWS` numbers.
     """
-    words = np.asarray(words, np.uint32)
-    for _ in range(_PERIOD):
-        if int(words[1]) == second:
-            return words
-        words = (words + np.uint32(1)) * np.uint32(5387) % np.uint32(_PERIOD)
-    return None
+    return [(word + 1) * 5387 % DRAWS for word in words]
 
 
 def accumulators_of(optimizer: keras.optimizers.Optimizer, variables: Any = None) -> list[Any]:

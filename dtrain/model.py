@@ -16,17 +16,21 @@ import numpy as np
 
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.keras_internals import (
+    DRAWS,
     build_from_batch,
     build_from_inputs,
+    drawn_unordered,
     global_seed_generator,
     layers_of,
-    next_until,
     schedule_of,
     seed_generators_of,
 )
 from dtrain.types import Array, ModelDescription, Tree
 
 ModelFn = Callable[..., keras.Model]
+
+_NOT_SETTINGS = ("name", "learning_rate", "build_config")
+"""Of a configuration: Keras counts names within a process, and rates change as they should."""
 
 State = dict[str, Array]
 """A model's and its optimizer's variables by name, in a fixed order."""
@@ -306,19 +310,28 @@ def spread_seeds(model: keras.Model, rank: int) -> None:
         variable.assign(np.array([(int(base) + offset) % 2**32, int(counter)], np.uint32))
 
 
-def follow_seeds(model: keras.Model, before: Sequence[Array]) -> None:
-    """Let this rank's seeds, which were `before`, come as far as those that it has just been given of another rank.
+def seeds_of(model: keras.Model) -> list[list[int]]:
+    """The two words of each random number generator, that of Keras's global one the last."""
+    return [[int(word) for word in value_of(state)] for state in seed_states_of(model)]
 
-    The second words of all ranks count alike, the first are each one's own. Keras's global generator, the last of them,
-    changes both with each number drawn: it is drawn from until its second word is the other rank's.
-    """
-    *layers, last = zip(seed_states_of(model), before, strict=True)
-    for variable, (base, _) in layers:
-        variable.assign(np.array([base, variable.numpy()[1]], np.uint32))
-    variable, words = last
-    found = next_until(words, int(variable.numpy()[1]))
-    if found is not None:
-        variable.assign(found)
+
+def draws_between(before: Sequence[Sequence[int]], now: Sequence[Sequence[int]]) -> list[int]:
+    """How many numbers each generator has given from one state to another, as `seeds_of` has them."""
+    draws = [new[1] - old[1] for old, new in zip(before[:-1], now[:-1], strict=True)]
+    words, last = list(before[-1]), 0
+    while words != list(now[-1]) and last < DRAWS:
+        words, last = drawn_unordered(words), last + 1
+    return [*draws, last % DRAWS]
+
+
+def draw_on(model: keras.Model, before: Sequence[Sequence[int]], draws: Sequence[int]) -> None:
+    """Bring each generator to where it is once it has given so many numbers more than it had `before`."""
+    counted = [[base, counter + more] for (base, counter), more in zip(before[:-1], draws[:-1], strict=True)]
+    words = list(before[-1])
+    for _ in range(draws[-1]):
+        words = drawn_unordered(words)
+    for state, seed in zip(seed_states_of(model), [*counted, words], strict=True):
+        state.assign(np.array(seed, np.int64))
 
 
 def seed_states_of(model: keras.Model) -> list[Any]:
@@ -354,19 +367,26 @@ def _compiled_in_words(model: keras.Model) -> dict[str, Any]:
 
 
 def _settings(model: keras.Model) -> list[Any]:
-    """Of layers and optimizers, what `get_config` tells in numbers and words, but for names and learning rates."""
-    found: list[Any] = []
-    for part in (*layers_of(model), *optimizers_of(model)):
-        config: Mapping[str, Any] = {}
-        with contextlib.suppress(Exception):  # of a layer of the user's own that has none
-            config = part.get_config()
-        plain = {
-            key: value
-            for key, value in config.items()
-            if key not in ("name", "learning_rate") and isinstance(value, (str, int, float, list, tuple))
-        }
-        found.append([type(part).__name__, repr(sorted(plain.items()))])
-    return found
+    """How layers, optimizers and losses are set, as their `get_config` tells, but for names and learning rates."""
+    parts = [layer for layer in layers_of(model) if not isinstance(layer, keras.Model)]
+    found = [[type(part).__name__, _plain(_config_of(part.get_config))] for part in (*parts, *optimizers_of(model))]
+    compiled = _config_of(model.get_compile_config)
+    return [*found, *(_plain(compiled.get(key)) for key in ("loss", "loss_weights"))]
+
+
+def _config_of(get_config: Callable[[], Any]) -> Mapping[str, Any]:
+    with contextlib.suppress(Exception):  # of a part of the user's own that has none
+        return get_config() or {}
+    return {}
+
+
+def _plain(value: Any) -> Any:
+    """Of a configuration, what JSON has words for: other objects may show where they lie in memory."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items() if key not in _NOT_SETTINGS}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, (str, int, float, bool)) else None
 
 
 def _exceptions(model: keras.Model) -> tuple[str, ...]:

@@ -33,11 +33,11 @@ from dtrain.hardware import cpu
 from dtrain.metrics import last_of
 from dtrain.model import (
     check_state,
-    follow_seeds,
+    draw_on,
+    draws_between,
     learning_rate,
     optimizers_of,
-    seed_states_of,
-    value_of,
+    seeds_of,
     write_state,
 )
 from dtrain.optimizer import sums_locally
@@ -139,6 +139,7 @@ class RankFit:
         self._without_state: list[keras.callbacks.Callback] = []
         self._part: _Part | None = None
         self._segments = 0
+        self._seeds: list[list[int]] | None = None  # as they were when the fit began, or after the last segment
         self._result: SegmentResult | None = None
 
     # --- undisturbed
@@ -151,6 +152,8 @@ class RankFit:
         self._callbacks("on_train_begin")
         if saved is not None:
             self._go_on_from(saved)
+        if saved is None or saved.own:
+            self._seeds = seeds_of(self._model)
 
     def run(self, segment: Segment) -> SegmentResult:
         """Train the segment's steps; where it ends an epoch, validate and call the epoch's hooks too."""
@@ -324,6 +327,7 @@ class RankFit:
         )
         self._part = None
         self._segments += 1
+        self._seeds = seeds_of(self._model)
         return self._result
 
     def _end_epoch(self, part: _Part, epoch: int) -> EpochEnd:
@@ -436,6 +440,7 @@ class RankFit:
             part.own_logs() if part is not None else {},
             self._replica.knowledge,
             bool(self._model.stop_training),
+            draws_between(self._seeds, seeds_of(self._model)) if self._seeds is not None else (),
         )
 
     def take_over(self, handover: Handover) -> None:
@@ -479,6 +484,7 @@ class RankFit:
             self._add(lost)
         self._come_to(handover)
         self._replica.spread_seeds()
+        self._seeds = seeds_of(self._model)
         return read_own(self._model, self._replica.metrics)
 
     def _add(self, lost: Lost) -> None:
@@ -500,9 +506,11 @@ class RankFit:
 
     def catch_up(self, handover: Handover) -> None:
         """Make the update that the rank that hands over is ahead by (see `Standing.can_catch_up_with`)."""
-        seeds = [value_of(state) for state in seed_states_of(self._model)]
         self._come_to(handover)
-        follow_seeds(self._model, seeds)
+        if self._seeds is not None and handover.draws:  # numbers of its own, which hang on nobody else's
+            draw_on(self._model, self._seeds, handover.draws)
+        else:
+            self._replica.spread_seeds()
 
     def _come_to(self, handover: Handover) -> None:
         write_state(self._model, handover.fit.state)

@@ -14,6 +14,7 @@ from dtrain.runs import RunFolder
 from dtrain.types import BatchPlan, FitPlan, Position
 
 AUTO = "auto"
+DATA = "data_digest"
 
 Resume = bool | str
 """False: begin anew; "auto": go on with the run of that name if there is one; else the URL of a checkpoint."""
@@ -80,7 +81,7 @@ def plan_on_record(plan: FitPlan, data: str | None, opened: BatchPlan | None = N
     """
     given = plan.train
     order = {"seed": given.seed, "shuffle": given.shuffle, "initial_epoch": plan.initial_epoch}
-    contents = {} if data is None else {"data_digest": data}
+    contents = {} if data is None else {DATA: data}
     record: dict[str, Any] = json.loads(json.dumps({**asdict(opened or given), **order, **contents}))
     return record
 
@@ -95,6 +96,12 @@ def check_plan(manifest: Manifest, now: Mapping[str, Any]) -> list[str]:
     changed = [name for name, value in now.items() if name in before and before[name] != value]
     if changed and manifest.position.step > 0:
         name = changed[0]
+        if name == DATA:
+            raise CheckpointError(
+                f"the rows to train on are others than when the checkpoint was made, {manifest.position.step}"
+                f" mini-batches into epoch {manifest.position.epoch + 1}; pass what they were, or go on from a"
+                " checkpoint of an epoch's end"
+            )
         raise CheckpointError(
             f"{name}={_short(now[name])} was {_short(before[name])} when the checkpoint was made,"
             f" {manifest.position.step} mini-batches into epoch {manifest.position.epoch + 1}: its rows would be cut"

@@ -249,17 +249,17 @@ class Steps:
         """Those that no checkpoint has, as they are now: they may be constants, so only one that changes matters."""
         own = [part.variables for part in (self._undo, self._skips, self._records) if part is not None]
         saved = [variable.value for variable in (*named_variables(self._model).values(), *self._metrics.variables)]
-        handles = [variable.handle for variable in (*saved, *(variable for part in own for variable in part))]
+        known = {id(variable.handle) for variable in (*saved, *(variable for part in own for variable in part))}
         return [
             (variable, variable.numpy())
             for variable in variables
-            if not variable.name.startswith(_RANDOM_STATE) and all(variable.handle is not handle for handle in handles)
+            if not variable.name.startswith(_RANDOM_STATE) and id(variable.handle) not in known
         ]
 
     def _warn_of_unsaved_variables(self) -> None:
         """Say once, after the first call, which of them the steps have changed."""
         unsaved, self._unsaved = self._unsaved, []
-        changed = [variable.name for variable, before in unsaved if not np.array_equal(variable.numpy(), before)]
+        changed = [variable.name for variable, before in unsaved if variable.numpy().tobytes() != before.tobytes()]
         if changed and self._collective.rank == 0:
             print(
                 f"a step changes variables that are in no checkpoint ({', '.join(changed[:3])}): a fit that is gone on"

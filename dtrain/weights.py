@@ -62,7 +62,7 @@ class Weights:
 
     def committed(self, checkpoint: str) -> None:
         """The newest checkpoint: what goes on from there if the workers are lost."""
-        self._checkpoint = checkpoint
+        self._checkpoint, self._began_with = checkpoint, None
 
     def local_model(self, group: WorkerGroup | None) -> "keras.Model":
         """A keras.Model in this process with the weights as they are now."""

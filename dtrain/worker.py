@@ -47,14 +47,19 @@ from dtrain.types import (
 NO_RANK = -1
 """Of a process that waits."""
 ANY_NODE = ""
-LOWEST_PRIORITY = 19
+LOW_PRIORITY = 10
 STACK_FRAMES = 12
 """So many of the innermost frames are shown of a process that hangs."""
 
 
 def _give_way() -> None:
-    """Let this thread compute only while no other one of the machine wants to: on Linux each has its own priority."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+    """Let this thread compute while others do not want to: on Linux each has a priority of its own.
+
+    Not the lowest: while it holds Python's lock, others of the process wait for it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        with contextlib.suppress(OSError):  # some sandboxes forbid it
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
 
 
 def _reported(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -418,8 +418,9 @@ class WorkerGroup:
         if worker.node_id == ray.get_runtime_context().get_node_id():
             _kill(worker.pid)
         else:
-            strategy = NodeAffinitySchedulingStrategy(worker.node_id, soft=False)
-            ray.remote(num_cpus=0)(_kill).options(scheduling_strategy=strategy).remote(worker.pid)
+            there = NodeAffinitySchedulingStrategy(worker.node_id, soft=False)
+            runtime_env = dict(self.spec.runtime_env) or None  # which may be how dtrain comes there
+            ray.remote(num_cpus=0, scheduling_strategy=there, runtime_env=runtime_env)(_kill).remote(worker.pid)
 
     def close(self) -> None:
         """End all processes and give back their room. May be called again, and in any state.

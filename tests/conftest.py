@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--full"):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
         items[:] = [item for item in items if not item.get_closest_marker("full")]
-    slow = {"local_ray", "ranks", "environment"}
+    slow = {"local_ray", "ranks", "environment", "nodes", "machines"}
     programs = {"test_cli.py", "test_examples.py", "test_cluster_local.py", "test_horovod_build.py", "test_mlflow.py"}
     for item in items:
         if slow & set(getattr(item, "fixturenames", ())) or item.path.name in programs:

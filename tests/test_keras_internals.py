@@ -270,6 +270,15 @@ def test_a_reshuffling_dataset_feels_each_iterator_that_keras_makes() -> None:
         source.end_pass()
 
 
+def test_the_global_generator_leaves_the_states_that_are_reckoned() -> None:
+    generator = keras.random.SeedGenerator(4_000_000_000)
+    words = [4_000_000_000, 0]
+    for _ in range(50):
+        generator.next(ordered=False)
+        words = keras_internals.drawn_unordered(words)
+        assert generator.state.numpy().tolist() == words
+
+
 def plot_in_a_worker(path: str) -> tuple[list[str], list[str]]:
     """Of what a worker hides from Keras, what is imported before and after a gallery is plotted."""
 

@@ -42,6 +42,13 @@ class Traced(keras.layers.Layer):  # type: ignore[misc]
         return x
 
 
+class Noise(keras.layers.Layer):  # type: ignore[misc]
+    """Draws from Keras's global generator."""
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        return x + 0.1 * keras.random.normal(keras.ops.shape(x)) if training else x
+
+
 def make_model() -> Any:
     keras.utils.set_random_seed(4)
     model = keras.Sequential(
@@ -49,6 +56,7 @@ def make_model() -> Any:
             keras.Input((5,)),
             keras.layers.Dense(8, "relu"),
             Traced(),
+            Noise(),
             keras.layers.BatchNormalization(),
             keras.layers.Dropout(0.3),
             keras.layers.Dense(3, activation="softmax"),

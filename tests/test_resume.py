@@ -400,7 +400,7 @@ class TestBeforeAnythingStarts:
             ({"resume": "auto", "checkpoint": False}, ConfigError, ["checkpoint=False", "leave out"]),
             ({"resume": "nowhere", "run_name": "new"}, CheckpointError, ["nowhere", "no checkpoint"]),
             ({"resume": "auto", "batch_size": 16}, CheckpointError, ["batch_size=16 was 8", "epoch 2"]),
-            ({"resume": "auto", "data": OTHER_ROWS}, CheckpointError, ["data_digest=", "epoch 2"]),
+            ({"resume": "auto", "data": OTHER_ROWS}, CheckpointError, ["the rows to train on are others", "epoch 2"]),
             ({"run_name": "old"}, ConfigError, ["run_name='old' exists already", 'fit(resume="auto")']),
             (
                 {"resume": "dtrain_runs/old/checkpoints/step-000000013"},
