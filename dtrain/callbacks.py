@@ -113,11 +113,11 @@ class RankCallbacks:
         """The hook that was called here and that the ranks have yet to agree on."""
         return self._half_done[0] if self._half_done is not None else None
 
-    def take_over(self, half_done: Hook | None, completed: int) -> None:
-        """Go on as another rank would, whose callbacks' state these have by now."""
+    def take_over(self, half_done: Hook | None, completed: int, is_behind: bool) -> None:
+        """Go on as another rank would; `is_behind`: what runs on rank 0 alone runs here, and there it did not."""
         self.completed = completed
         self._half_done = (half_done, []) if half_done is not None else None
-        self._owes_first = half_done is not None and self._collective.rank == 0
+        self._owes_first = half_done is not None and is_behind
 
     def lead(self) -> None:
         """Run here from now on what runs on rank 0 alone, which has died. Only those begin anew."""

@@ -111,6 +111,8 @@ class Controller:
         self._findings = Findings(lambda: group.workers, lambda line: display.note(line))
         self._checkpointer: Checkpointer | None = None
         self._heartbeat: Heartbeat | None = None
+        self._is_resizing = False  # ranks may yet be as in the group before
+        self._handover: Any = None  # what the furthest rank told, until a recovery has come to its end
 
     def fit(
         self,
@@ -290,8 +292,7 @@ class Controller:
         One that cannot follow is given up, and nobody else has noticed anything.
 
         Raises:
-            GroupBroken: one that trains had died before.
-            WorkerDied: one has died since; the group is closed.
+            GroupBroken: one that trains had died, or one dies meanwhile.
         """
         group, self._is_to_grow = self._group, False
         standing, *_ = group.wait(group.submit("standing"), self._watch, survivable=True)
@@ -301,10 +302,14 @@ class Controller:
         if self._checkpointer is not None:
             self._checkpointer.finish()  # its manifest tells how many ranks there are
         try:
-            (handover,) = group.submit("hand_over", ranks=[0])
-            new = group.grow("begin_fit", plan, callbacks, watch=self._watch, handover=handover, lost=Lost())
+            (self._handover,) = group.submit("hand_over", ranks=[0])
+            named = {"handover": self._handover, "lost": Lost()}
+            new = group.grow("begin_fit", plan, callbacks, watch=self._watch, **named)
             if new:
-                self._join(handover)
+                self._join()
+            self._handover = None
+        except GroupBroken:  # as at any other time
+            raise
         except BaseException:
             if not group.closed:  # some may be in no group
                 group.fail()
@@ -312,14 +317,20 @@ class Controller:
         if new:
             self._display.note(f"{len(new)} more: going on with {self._count_workers(record)} workers")
 
-    def _join(self, handover: Any) -> None:
+    def _join(self) -> None:
         """Make one group of the ranks that train and the new ones."""
         group = self._group
+        if self._last:  # one of each, whoever dies in the meantime
+            new = replace(self._last[0], own={}, callbacks=())
+            self._last += [new] * (len(group.workers) - len(self._last))
+        self._is_resizing = True
+        group.wait(group.submit("where"), self._watch, survivable=True)
         group.renumber()
         self._listen()
-        own = group.wait(group.submit("resize", handover, Lost()), self._watch)
-        group.form()
-        group.wait(group.submit("go_on"), self._watch)
+        own = group.wait(group.submit("resize", self._handover, Lost()), self._watch, survivable=True)
+        group.form_anew(self._watch)
+        self._is_resizing = False
+        group.wait(group.submit("go_on"), self._watch, survivable=True)
         if self._last:
             first = self._last[0]
             self._last = [replace(first, own=o, callbacks=() if n else first.callbacks) for n, o in enumerate(own)]
@@ -333,7 +344,9 @@ class Controller:
         return number
 
     def _goes_on_without(self, num_left: int) -> bool:
-        """Whether those that are left go on by themselves."""
+        """Whether those that are left go on by themselves: also where the fit is about to be stopped."""
+        if not num_left or self._interrupts.requested:
+            return num_left > 0
         spec = self._group.spec
         if spec.extra_workers:
             return num_left >= spec.num_workers
@@ -344,41 +357,78 @@ class Controller:
 
         Raises:
             WorkerDied: that is not to be; the group is closed.
-            GroupBroken: it broke again, once it was formed.
+            GroupBroken: it broke again. Those that were being replaced are to be replaced once more.
         """
-        group = self._group
+        group, dead = self._group, list(broken.dead)
         try:
-            dead, handover, behind = self._settle(broken, record)
+            dead, behind = self._settle(broken, record)
             if dead and self._goes_on_without(len(group.workers) - len(dead)):
-                self._shrink(dead, handover, record.position)
+                gone, dead = dead, []  # from here on ranks have other numbers
+                self._shrink(gone, record.position)
                 self._count_workers(record)
             else:
                 if dead:
-                    group.replace(dead, self._display.status)
-                    lost = self._lost(record.position, is_first=0 in dead)
-                    calls = group.submit("begin_fit", plan, callbacks, handover=handover, lost=lost, ranks=dead)
-                    group.wait(calls, self._watch, ranks=dead)
-                group.wait(group.submit("catch_up", handover, ranks=behind), self._watch, ranks=behind)
-            group.form()
+                    self._replace(dead, broken, plan, callbacks, record.position)
+                self._catch_up(dead, behind)
+            group.form_anew(self._watch)
+        except GroupBroken as again:
+            raise GroupBroken(sorted({*dead, *again.dead}), again.error) from None
         except BaseException:
             if not group.closed:
                 group.fail(broken.dead)
             raise
         self._listen()
         answers = group.wait(group.submit("go_on"), self._watch, survivable=True)
+        self._handover = None
         if answers[0] is not None:
             self._take_in(answers, record)
 
-    def _settle(self, broken: GroupBroken, record: FitRecord) -> tuple[list[int], Any, list[int]]:
-        """Ask those who live how far they are.
+    def _replace(
+        self, dead: Sequence[int], broken: GroupBroken, plan: FitPlan, callbacks: bytes, position: Position
+    ) -> None:
+        """Start new processes for the dead, and tell them where the furthest of the others is."""
+
+        def watch(is_last: bool) -> None:
+            self._watch(is_last)
+            if self._interrupts.requested:  # who is left goes on alone, to the checkpoint that is wanted
+                raise GroupBroken(dead, broken.error)
+
+        self._group.replace(dead, self._display.status, watch)
+        lost = self._lost(position, is_first=0 in dead)
+        named = {"handover": self._handover, "lost": lost}
+        calls = self._group.submit("begin_fit", plan, callbacks, ranks=dead, **named)
+        self._group.wait(calls, watch, ranks=dead, survivable=True)
+
+    def _catch_up(self, dead: Sequence[int], behind: Sequence[int]) -> None:
+        """Bring those who live to where the furthest is, and into a group of this size, should it be another."""
+        group = self._group
+        if self._is_resizing:
+            left = [rank for rank in range(len(group.workers)) if rank not in dead]
+            group.wait(group.submit("resize", self._handover, Lost(), ranks=left), ranks=left, survivable=True)
+            self._is_resizing = False
+        else:
+            calls = group.submit("catch_up", self._handover, ranks=behind)
+            group.wait(calls, self._watch, ranks=behind, survivable=True)
+
+    def _settle(self, broken: GroupBroken, record: FitRecord) -> tuple[list[int], list[int]]:
+        """Ask those who live how far they are, and the furthest of them to hand over.
+
+        Where nobody is left, what was handed over before, in a recovery that came to nothing, still holds.
 
         Returns:
-            The ranks to be replaced, what the furthest hands over, and the ranks that are a step behind it.
+            The ranks to be replaced, and the ranks that are a step behind the furthest.
         """
         group = self._group
         left = [rank for rank in range(len(group.workers)) if rank not in broken.dead]
+        if not left:
+            if self._handover is None:
+                raise broken.error
+            self._recoveries.begin(broken.error, record.steps, len(group.workers))
+            self._display.note(f"{broken.error.message}: going on with new workers ({self._recoveries})")
+            return list(broken.dead), []
         self._listen(left)
-        found: list[Standing] = group.wait(group.submit("standing", ranks=left), self._watch, ranks=left)
+        calls = group.submit("standing", ranks=left)
+        found: list[Standing] = group.wait(calls, self._watch, ranks=left, survivable=True)
         if not all(standing.goes_on for standing in found):
             raise broken.error
         standings = dict(zip(left, found, strict=True))
@@ -394,8 +444,8 @@ class Controller:
         self._recoveries.begin(broken.error, record.steps + ahead.steps, num_left)
         how = "in place" if num_left == len(group.workers) else f"with {num_left} of {len(group.workers)} workers"
         self._display.note(f"{broken.error.message}: going on {how} ({self._recoveries})")
-        (handover,) = group.submit("hand_over", ranks=[furthest])
-        return dead, handover, [rank for rank in behind if rank not in lost]
+        (self._handover,) = group.submit("hand_over", ranks=[furthest])
+        return dead, [rank for rank in behind if rank not in lost]
 
     def _listen(self, ranks: Sequence[int] | None = None) -> None:
         """Give all ranks, or some, time from now on to get on."""
@@ -409,7 +459,7 @@ class Controller:
         is_older = bool(last) and (last[0].position.epoch < position.epoch or last[0].position.step == 0)
         return Lost(own, is_older, list(last[0].callbacks) if last and is_first else [])
 
-    def _shrink(self, dead: Sequence[int], handover: Any, position: Position) -> None:
+    def _shrink(self, dead: Sequence[int], position: Position) -> None:
         """Let those that live go on as a smaller group."""
         group = self._group
         told = self._lost(position, is_first=0 in dead)
@@ -417,13 +467,16 @@ class Controller:
         lost = Lost(own, callbacks=told.callbacks)
         if self._checkpointer is not None:
             self._checkpointer.finish()  # its calls go by the numbers that ranks have by now
-        group.shrink(dead)
-        self._listen()
-        owned = group.wait(group.submit("resize", handover, lost), self._watch)
         left = [result for rank, result in enumerate(self._last) if rank not in dead]
         if left:  # what callbacks on rank 0 alone have told is the new one's, as the dead ones' sums are
-            left[0] = replace(left[0], callbacks=self._last[0].callbacks, own=owned[0])
+            left[0] = replace(left[0], callbacks=self._last[0].callbacks)
         self._last = left
+        group.shrink(dead)
+        self._is_resizing = False
+        self._listen()
+        owned = group.wait(group.submit("resize", self._handover, lost), self._watch, survivable=True)
+        if left:
+            left[0] = replace(left[0], own=owned[0])
 
     def _save(self, checkpointer: Checkpointer, record: FitRecord, **extra: Any) -> None:
         """Make a checkpoint, and wait for it."""
@@ -505,16 +558,17 @@ class Controller:
 
     def _end_who_hangs(self) -> None:
         """Tell who keeps the others waiting for too long, and end it; the rest is as with any that died."""
-        found = self._heartbeat.look() if self._heartbeat is not None else None
-        if found is None or self._group.closed:
+        found = self._heartbeat.look() if self._heartbeat is not None else {}
+        if not found or self._group.closed:
             return
-        rank, why = found
-        worker = self._group.workers[rank]
-        self._display.note(f"rank {rank} on {worker.host} hangs: {why}; it counts as dead")
+        for rank, why in found.items():
+            worker = self._group.workers[rank]
+            self._display.note(f"rank {rank} on {worker.host} hangs: {why}; it counts as dead")
         for other, stack in self._group.stacks().items():
             self._display.print(f"rank {other} is here:\n{stack}")
         self._listen()
-        self._group.end(rank, f"it hung: {why} (hang_timeout={self._failure.hang_timeout:g})")
+        for rank, why in found.items():
+            self._group.end(rank, f"it hung: {why} (hang_timeout={self._failure.hang_timeout:g})")
 
     def _watch(self, is_last: bool = False) -> None:
         """Show how far rank 0 is and what it printed; the last time all of it, after an answer that was late."""

@@ -105,7 +105,8 @@ class Standing:
         segments: how many it has finished.
         steps: of the one under way, how many it has finished.
         stage: of its epoch, what of the hooks and the validation is behind it.
-        hooks: how many hooks of the fit it has called, and the ranks agreed on.
+        hooks: twice how many hooks of the fit it has called and the ranks agreed on, and one more where there is one
+            that they have yet to agree on.
         result: of the last segment that it has finished.
         goes_on: the fit can go on from here in another group; not where this rank alone knew what is lost with one.
     """
@@ -166,6 +167,7 @@ class Handover:
         own: what a custom step returned besides metrics, in the part's steps, times the rank's share.
         knowledge: of the training step.
         stop: a callback set `stop_training`.
+        leads: callbacks that run on rank 0 alone run there, so their states in `fit` are of this moment.
         draws: how many numbers each random generator has given since the last segment, or since the fit began.
     """
 
@@ -180,6 +182,7 @@ class Handover:
     own: Mapping[str, Array]
     knowledge: Knowledge
     stop: bool
+    leads: bool
     draws: Sequence[int]
 
 
@@ -203,9 +206,9 @@ class Lost:
         return replace(fit, own=self.own, is_own_older=self.is_older, callbacks=self.with_callbacks_of(fit))
 
     def with_callbacks_of(self, fit: SavedFit) -> CallbackStates:
-        """The states of all callbacks: those of a rank that lives where the dead ones have told none."""
+        """The states of all callbacks: what was handed over is newer than what the dead have told."""
         told = self.callbacks or [None] * len(fit.callbacks)
-        history, *others = [first or state for first, state in zip(told, fit.callbacks, strict=True)]
+        history, *others = [state or first for first, state in zip(told, fit.callbacks, strict=True)]
         # Keras's History is complete on every rank, and the dead one may have called the end of an epoch untold.
         return [fit.callbacks[0] or history, *others]
 

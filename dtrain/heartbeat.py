@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dtrain.types import Beat
+from dtrain.types import BETWEEN_SEGMENTS, Beat
 
 BLINK_SECONDS = 5.0
 """Who has not looked for so long knows nothing, and begins anew."""
@@ -32,24 +32,27 @@ class Heard:
     changed: float
 
 
-def who_hangs(heard: Mapping[int, Heard], now: float, timeout: float) -> tuple[int, str] | None:
-    """The rank that is to blame, and what for; None: nobody is.
+def who_hangs(heard: Mapping[int, Heard], now: float, timeout: float) -> dict[int, str]:
+    """The ranks that are to blame, and what for.
 
-    One that does not answer is to blame. Else none has got on for so long, and it is one that does not wait for the
+    All that do not answer are to blame. Else none has got on for so long, and it is one that does not wait for the
     others; where all of them wait it is the one that has done the least, unless one does it for the first time: that
-    may be building the graph of a large model.
+    may be building the graph of a large model. Where all have nothing to do, or one is getting ready to join, it is the
+    driver that takes its time.
     """
-    for rank, last in heard.items():
-        if now - last.answered > timeout:
-            return rank, f"the process has not answered for {now - last.answered:.0f} s"
+    silent = {rank: now - last.answered for rank, last in heard.items() if now - last.answered > timeout}
+    if silent:
+        return {rank: f"the process has not answered for {seconds:.0f} s" for rank, seconds in silent.items()}
     if not heard or now - max(last.changed for last in heard.values()) <= timeout:
-        return None
+        return {}
     beats = {rank: last.beat for rank, last in heard.items() if last.beat is not None}
     busy = {rank: beat for rank, beat in beats.items() if not beat.waits}
-    if not busy and any(beat.is_new for beat in beats.values()):
-        return None
+    is_ready = all(beat.beats > 0 for beat in beats.values())
+    is_asked = any(beat.doing != BETWEEN_SEGMENTS for beat in beats.values())
+    if not is_ready or not is_asked or (not busy and any(beat.is_new for beat in beats.values())):
+        return {}
     rank = min(busy or beats, key=lambda rank: (beats[rank].beats, rank))
-    return rank, f"no step was finished for {now - heard[rank].changed:.0f} s; it was in {beats[rank].doing}"
+    return {rank: f"no step was finished for {now - heard[rank].changed:.0f} s; it was in {beats[rank].doing}"}
 
 
 class Heartbeat:
@@ -83,10 +86,10 @@ class Heartbeat:
         """A step took so long."""
         self._pace = seconds
 
-    def look(self) -> tuple[int, str] | None:
-        """Whether a rank hangs; see `who_hangs`."""
+    def look(self) -> dict[int, str]:
+        """The ranks that hang; see `who_hangs`."""
         if math.isinf(self._timeout):
-            return None
+            return {}
         now = self._clock()
         if now - self._looked > BLINK_SECONDS:
             self.begin(list(self._heard))

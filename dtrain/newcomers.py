@@ -68,7 +68,10 @@ class Newcomers:
             spare, where = taken
             calls = [place(spare.actor, where), *_tell(spare, told.values())]
             self._waiting.append(Newcomer(spare, where, dict(told), calls))
-        return any(have_answered(newcomer.calls) for newcomer in self._waiting)
+        ready = [newcomer for newcomer in self._waiting if have_answered(newcomer.calls)]
+        failed = [newcomer for newcomer in ready if not self._can_follow(newcomer, newcomer.calls)]
+        self._waiting = [newcomer for newcomer in self._waiting if newcomer not in failed]
+        return len(ready) > len(failed)
 
     def join(
         self,

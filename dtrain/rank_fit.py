@@ -8,7 +8,7 @@ group finishes what there is of the segment as if it had been a shorter one.
 import contextlib
 import json
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -343,7 +343,9 @@ class RankFit:
         self._replica.strikes("callback", epoch)
         self._callbacks("on_epoch_end", epoch, logs=self._replica.nested("train", logs))
         history = self._callbacks.history()  # it has what callbacks added to the logs, too
-        self._logs = {key: values[-1] for key, values in history.items() if len(values) > known.get(key, 0)}
+        # A hook that the ranks had yet to agree on has written them down before, as far as they are the epoch's own.
+        new = {key for key, values in history.items() if len(values) > known.get(key, 0)}
+        self._logs = {key: values[-1] for key, values in history.items() if key in new or key in logs}
         return EpochEnd(epoch, _numbers(self._logs), learning_rate(self._model))
 
     def _validate(self, epoch: int) -> Logs:
@@ -419,14 +421,15 @@ class RankFit:
         stage = 0
         if part is not None and self._has_begun:
             stage = 1 + part.ended + (part.step_logs is not None) + (part.validation is not None)
-        steps, hooks = part.steps if part is not None else 0, self._callbacks.completed
+        steps = part.steps if part is not None else 0
+        hooks = 2 * self._callbacks.completed + (self._callbacks.half_done is not None)
         return Standing(self._segments, steps, stage, hooks, self._result, self._can_change_places)
 
     def hand_over(self) -> Handover:
         """What a rank that is behind, or new, has to know to be where this one is. Changes nothing."""
         part = self._part
         position = part.position if part is not None else self._position
-        states = save_states([c if self._runs_here(c) else None for c in self._callbacks.with_state()])
+        states = self._told_states(self._runs_here)
         state = self._replica.read_state_as_first()
         return Handover(
             SavedFit(position, 0, state, (), states, without_tensors(self._logs), {}),
@@ -440,6 +443,7 @@ class RankFit:
             part.own_logs() if part is not None else {},
             self._replica.knowledge,
             bool(self._model.stop_training),
+            self._callbacks.leads,
             draws_between(self._seeds, seeds_of(self._model)) if self._seeds is not None else (),
         )
 
@@ -458,9 +462,10 @@ class RankFit:
     def _take_over_callbacks(self, handover: Handover) -> None:
         part = handover.part
         begun_since = handover.has_begun and part is not None and part.segment.position.step == 0
-        if self._callbacks.leads and begun_since:  # in a process whose callbacks' state is lost from there on
+        is_behind = self._callbacks.leads and not handover.leads  # the callbacks' state is lost from there on
+        if is_behind and begun_since:
             self._callbacks.make_up_for("on_epoch_begin", self._position.epoch)
-        self._callbacks.take_over(handover.half_done, handover.hooks)
+        self._callbacks.take_over(handover.half_done, handover.hooks, is_behind)
 
     def resize(self, handover: Handover, lost: Lost) -> dict[str, Array]:
         """Be where the rank is that hands over, in a group of another size; the collective knows its place there.
@@ -573,10 +578,15 @@ class RankFit:
         """On rank 0, the states of what is complete there alone; None in the others' places."""
         if self._collective.rank > 0:
             return ()
+        history = self._callbacks.with_state()[0]
+        return self._told_states(lambda each: each is history or self._callbacks.is_on_first_only(each))
+
+    def _told_states(self, is_told: Callable[[keras.callbacks.Callback], bool]) -> list[CallbackState | None]:
+        """The states of callbacks, as far as they can be had; None in the places of the others."""
         found: list[CallbackState | None] = []
-        for number, callback in enumerate(self._callbacks.with_state()):
+        for callback in self._callbacks.with_state():
             state = None
-            if number == 0 or self._callbacks.is_on_first_only(callback):
+            if is_told(callback):
                 try:
                     (state,) = save_states([callback])
                 except Exception as error:  # of the user's own; where there are checkpoints, it ends the fit there

@@ -43,7 +43,7 @@ from dtrain.types import (
     WorkerSettings,
 )
 from dtrain.weights import Weights
-from dtrain.worker_group import GLOO_FACTOR, GroupSpec, WorkerGroup, check_name, threads_for
+from dtrain.worker_group import GLOO_SECONDS, GroupSpec, WorkerGroup, check_name, threads_for
 
 if TYPE_CHECKING:
     import keras
@@ -441,7 +441,7 @@ class Trainer:
             strategy=self._strategy,
             settings=lambda cpus, workers_on_node: self._settings(run_name, cpus, workers_on_node),
             runtime_env=self._runtime_env,
-            timeout=GLOO_FACTOR * self.failure.hang_timeout if self.failure.hang_timeout is not None else 60.0,
+            timeout=(self.failure.hang_timeout or 50.0) + GLOO_SECONDS,
         )
         group = WorkerGroup(spec, self.interrupts)
         try:

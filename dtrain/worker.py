@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -155,6 +155,7 @@ class Worker:
     @_reported
     def join(self, membership: Membership, rendezvous: str, interface: str | None, timeout: float) -> None:
         """Form the group with the others; again when it broke. `interface` None: the one with this node's address."""
+        self._strikes("form")
         if membership.world_size > 1:
             self._collective.join(membership, rendezvous, interface or _interface_of_node(), timeout)
 
@@ -251,7 +252,17 @@ class Worker:
     @_reported
     def hand_over(self) -> Any:
         """What a rank that is behind this one, or new, has to know: a `fit_state.Handover`."""
-        return self._replica.fit.hand_over()
+        with self._telling():
+            return self._replica.fit.hand_over()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Inside, the user's callbacks may be asked for their states, which takes as long as it takes."""
+        self._replica.beat("the states of callbacks")
+        try:
+            yield
+        finally:
+            self._replica.rest()
 
     @_reported
     def catch_up(self, handover: Any) -> None:
@@ -325,7 +336,8 @@ class Worker:
         """Keep a copy of this rank's part of a checkpoint, until `write_snapshot` of that key. Where the fit stands."""
         for old in sorted(self._snapshots)[:-1]:  # of checkpoints that came to nothing; the newest may yet be written
             self._snapshots.pop(old, None)
-        snapshot = self._snapshots[key] = self._replica.snapshot()
+        with self._telling():
+            snapshot = self._snapshots[key] = self._replica.snapshot()
         position: Position = snapshot.position
         return position
 

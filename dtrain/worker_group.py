@@ -48,8 +48,8 @@ BEAT_SECONDS = 1.0
 """How often ranks are asked what they do."""
 STACK_SECONDS = 3.0
 """How long they have to say where they are, once one hangs."""
-GLOO_FACTOR = 1.5
-"""Gloo gives up a silent peer after so many times the timeout for hangs: who hangs is to be known before."""
+GLOO_SECONDS = 10.0
+"""Gloo gives up a silent peer so long after the timeout for hangs: who hangs is to be known, and ended, before."""
 ENDED_SECONDS = 1.0
 """A process that was ended has so long to be known as dead; if its node cannot be reached, it counts as that."""
 DRAIN_SECONDS = 60.0
@@ -162,10 +162,18 @@ class WorkerGroup:
             self.close()
             raise
 
-    def replace(self, dead: Sequence[int], status: Callable[[str], None] = lambda _: None) -> None:
+    def replace(
+        self,
+        dead: Sequence[int],
+        status: Callable[[str], None] = lambda _: None,
+        watch: Callable[[bool], None] = lambda _: None,
+    ) -> None:
         """Start new processes in the places of the dead, and tell them all that the others were told.
 
         The others wait. The new ones are as far as where a fit begins, and are in no group until `form`.
+
+        Raises:
+            GroupBroken: one of them has died, too.
         """
         names = ", ".join(f"rank {rank}" for rank in dead)
         status(f"starting a new worker for {names}")
@@ -183,14 +191,15 @@ class WorkerGroup:
                 self._num_replaced += 1
                 self._actors[rank] = self._spawn(f"rank{rank}.{self._num_replaced}", rank, self._rooms[rank])
         new = [rank for rank in dead if rank not in found]
-        started = self.wait(self.submit("where", ranks=new), ranks=new, patience=START_SECONDS, is_replacing=True)
+        calls = self.submit("where", ranks=new)
+        started = self.wait(calls, watch, ranks=new, patience=START_SECONDS, survivable=True, is_replacing=True)
         found.update(zip(new, started, strict=True))
         self.workers = tuple(found.get(worker.rank, worker) for worker in self.workers)
-        self._set_up(new)
-        self._take_places(dead)
+        self._set_up(new, survivable=True)
+        self._take_places(dead, survivable=True)
         status(f"getting {names} ready")
         for method, *args in self._told.values():
-            self.wait(self.submit(method, *args, ranks=dead), ranks=dead)
+            self.wait(self.submit(method, *args, ranks=dead), watch, ranks=dead, survivable=True)
 
     def can_grow(self) -> bool:
         """Whether a worker is ready to make the group larger. Looks once a second at most, and does not wait."""
@@ -229,7 +238,7 @@ class WorkerGroup:
             actor.renumber.remote(membership)
             for actor, membership in zip(self._actors, self._memberships(), strict=True)
         ]
-        self.wait(calls)
+        self.wait(calls, survivable=True)
 
     def shrink(self, dead: Sequence[int]) -> None:
         """Go on without the dead: those that live are numbered anew, in their order, and are in no group until `form`.
@@ -305,10 +314,12 @@ class WorkerGroup:
         ranks: Sequence[int] | None = None,
         survivable: bool = False,
         is_replacing: bool = False,
+        blame: float | None = None,
     ) -> list[Any]:
         """Wait for what `submit` returned, for `patience` seconds at most; see `call`.
 
-        Where a worker `is_replacing` another, one that does not start has died.
+        Where a worker `is_replacing` another, one that does not start has died. After a first failure the others have
+        `blame` seconds to say what happened to them; where it is survivable, as long as they need.
 
         Raises:
             GroupBroken: where that is `survivable`, instead of WorkerDied: the group is not closed.
@@ -318,8 +329,8 @@ class WorkerGroup:
         failures: dict[int, Failure] = {}
         pending = dict(zip(calls, ranks, strict=True))
         deadline = time.monotonic() + patience
-        # Those who live notice when they wait for the others next; who hangs is for the heartbeat to say.
-        blame = math.inf if survivable else BLAME_SECONDS
+        if blame is None:  # those who live notice when they wait for the others next; the heartbeat says who hangs
+            blame = math.inf if survivable else BLAME_SECONDS
         with self._interrupts.watched():
             while pending and time.monotonic() < deadline:
                 ready, _ = ray.wait(list(pending), num_returns=1 if failures else len(pending), timeout=POLL_SECONDS)
@@ -367,7 +378,7 @@ class WorkerGroup:
 
         What the worker printed is told once; so an answer that comes late is never thrown away.
         """
-        if not self._actors:
+        if not self._actors or rank in self._ended:
             return None
         call = self._late_polls.pop(rank, None)
         if call is None:
@@ -471,11 +482,11 @@ class WorkerGroup:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"runtime_env={dict(self.spec.runtime_env)!r} is refused by Ray: {error}") from error
 
-    def _set_up(self, ranks: Sequence[int]) -> None:
+    def _set_up(self, ranks: Sequence[int], survivable: bool = False) -> None:
         """Prepare the processes of these ranks."""
         by_node = self._settings()
         self.intra_threads = by_node[self.workers[0].node_id].intra_threads
-        self.wait(self.submit("setup", by_node, ranks=ranks), ranks=ranks)
+        self.wait(self.submit("setup", by_node, ranks=ranks), ranks=ranks, survivable=survivable)
 
     def _settings(self) -> dict[str, WorkerSettings]:
         """For a worker on each of the cluster's nodes: one that will not have to share its cores with more of them."""
@@ -486,8 +497,8 @@ class WorkerGroup:
         found = {node: spec.settings(cpus.get(node, 1.0), max(at_most, nodes[node])) for node in {*cpus, *nodes}}
         return {**found, ANY_NODE: spec.settings(min(cpus.values(), default=1.0), at_most)}
 
-    def _take_places(self, ranks: Sequence[int]) -> None:
-        self.wait(self._place(ranks), ranks=ranks)
+    def _take_places(self, ranks: Sequence[int], survivable: bool = False) -> None:
+        self.wait(self._place(ranks), ranks=ranks, survivable=survivable)
 
     def _place(self, ranks: Sequence[int]) -> list[Any]:
         """Tell these ranks who they are, and what a test has planned for them; the calls."""
@@ -509,7 +520,20 @@ class WorkerGroup:
         if free and (self.spec.spares or self.spec.extra_workers):
             self._spares.start(free, self._settings())
 
-    def form(self) -> None:
+    def form_anew(self, watch: Callable[[bool], None]) -> None:
+        """The same, where that it breaks is survived.
+
+        Raises:
+            GroupBroken: one has died. Where it died while they met, Horovod ends the others, too: all are to be
+                replaced.
+        """
+        self.wait(self.submit("where"), watch, survivable=True)  # all live, before any waits for another
+        try:
+            self.form(survivable=True)
+        except GroupBroken as broken:
+            raise GroupBroken(range(len(self._actors)), broken.error) from None
+
+    def form(self, survivable: bool = False) -> None:
         """Make the ranks one group, a new one where there was one. On one machine it meets and talks on loopback."""
         nodes = [worker.node_id for worker in self.workers]
         here = ray.get_runtime_context().get_node_id()
@@ -528,7 +552,7 @@ class WorkerGroup:
             for actor, membership in zip(self._actors, self._memberships(), strict=True)
         ]
         self._generation += 1
-        self.wait(calls)
+        self.wait(calls, survivable=survivable, blame=BLAME_SECONDS)
         self._start_spares()
 
 

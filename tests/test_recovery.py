@@ -205,6 +205,20 @@ def test_workers_may_die_in_any_phase_one_after_the_other(undisturbed: Outcome) 
     assert steps_on_record("any-phase") == list(range(EPOCHS * STEPS))
 
 
+def test_who_takes_a_place_may_die_before_it_has_and_while_the_group_forms(undisturbed: Outcome) -> None:
+    """The last one takes the other with it, which waits in Horovod's start for one that is dead."""
+    found = train(
+        "again-and-again",
+        kill(rank=1, step=14),
+        kill(rank=1, step=0, phase="start", life=1),
+        kill(rank=1, step=0, phase="form", life=2),
+    )
+    assert_same_end(found, undisturbed)
+    assert set(found.pids[0]) & set(found.pids[1]) == set()
+    assert [recovery.steps_redone for recovery in found.history.recoveries] == [0, 0, 0]
+    assert steps_on_record("again-and-again") == list(range(EPOCHS * STEPS))
+
+
 def test_of_three_one_may_die_or_two_at_once(undisturbed: Outcome) -> None:
     control = train("three", num_workers=3)
     faults = kill(rank=2, step=5), kill(rank=0, step=22), kill(rank=2, step=22, life=1)
