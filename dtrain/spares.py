@@ -1,5 +1,6 @@
 """Owns the processes that wait, TensorFlow imported, to take a dead rank's place or to make the group larger."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ ANSWER_SECONDS = 10.0
 """How long one that is ready may take to say where it is."""
 POLL_SECONDS = 0.1
 AGAIN_SECONDS = 30.0
-"""A room whose process could not start is tried again after so long."""
+"""A room whose process could not start is tried again after so long, after each failure more after twice as long."""
+MOST_DOUBLINGS = 7
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Spares:
         self._clock = clock
         self._num_started = 0
         self._waiting: list[Spare] = []
-        self._failed: dict[Room, float] = {}
+        self._failed: dict[Room, tuple[float, int]] = {}  # when it did last, and how often
 
     def start(self, rooms: Sequence[Room], settings: Any) -> None:
         """Let there be one in each of these rooms; in the background, so that nothing waits for it.
@@ -66,7 +68,8 @@ class Spares:
             settings: what `Worker.setup` is given.
         """
         for room in rooms:
-            if self._clock() - self._failed.get(room, -AGAIN_SECONDS) < AGAIN_SECONDS:
+            since, times = self._failed.get(room, (-math.inf, 1))
+            if self._clock() - since < AGAIN_SECONDS * 2 ** min(times - 1, MOST_DOUBLINGS):
                 continue
             actor = self._spawn(self._num_started, room)
             self._num_started += 1
@@ -99,7 +102,8 @@ class Spares:
 
     def leave_out(self, rooms: Sequence[Room]) -> None:
         """Those who came from there could not be used: no new ones for a while."""
-        self._failed.update(dict.fromkeys(rooms, self._clock()))
+        for room in rooms:
+            self._failed[room] = self._clock(), self._failed.get(room, (0.0, 0))[1] + 1
 
     @property
     def rooms(self) -> list[Room]:

@@ -305,7 +305,13 @@ class Trainer:
     def model(self) -> "keras.Model":
         """A local keras.Model with the weights as they are now; built when first asked for, on the CPU."""
         self._let_go_of_the_dead()
-        return self._weights.local_model(self._group)
+        try:
+            return self._weights.local_model(self._group)
+        except WorkerDied:
+            if not self._weights.outlive(self._group):  # nobody is left who has them
+                raise
+            self._group = None
+            return self._weights.local_model(None)
 
     def get_weights(self) -> list[Array]:
         """As `keras.Model.get_weights`."""

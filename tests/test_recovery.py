@@ -160,6 +160,13 @@ def steps_on_record(name: str) -> list[int]:
     return found
 
 
+def epochs_on_record(name: str) -> list[int]:
+    """After which steps the metrics of an epoch were written down, with those of its validation."""
+    lines = Path("dtrain_runs", name, "journal.jsonl").read_text().splitlines()
+    events = [event for event in map(json.loads, lines) if event["event"] == "metrics"]
+    return [event["step"] for event in events if {"loss", "val_loss", "epoch_seconds"} <= event["metrics"].keys()]
+
+
 def assert_same_end(ours: Outcome, theirs: Outcome) -> None:
     for name in ("weights", "optimizer"):
         pairs = zip(getattr(ours, name), getattr(theirs, name), strict=True)
@@ -203,6 +210,7 @@ def test_workers_may_die_in_any_phase_one_after_the_other(undisturbed: Outcome) 
     assert [recovery.rank for recovery in recoveries] == [0, 1, 1, 0, 0]
     assert all(recovery.steps_redone == 0 for recovery in recoveries)
     assert steps_on_record("any-phase") == list(range(EPOCHS * STEPS))
+    assert epochs_on_record("any-phase") == [epoch * STEPS + STEPS - 1 for epoch in range(EPOCHS)]
 
 
 def test_who_takes_a_place_may_die_before_it_has_and_while_the_group_forms(undisturbed: Outcome) -> None:
