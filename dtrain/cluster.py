@@ -23,6 +23,8 @@ from dtrain.interrupts import handlers_kept
 log = logging.getLogger("dtrain")
 
 NICENESS = "RAY_worker_niceness"
+METADATA_TRIES, METADATA_SECONDS = 5, 0.2
+"""So often what a job is to show is written, and so long after it is looked at again."""
 NAMESPACE = "dtrain"
 
 
@@ -145,7 +147,8 @@ def address() -> str | None:
 def add_job_metadata(metadata: Mapping[str, str]) -> None:
     """Add to the metadata that Ray's dashboard and job list show of this job, if it was submitted through Ray.
 
-    Ray has no public way to do so once a job runs; where its own one does not work, the job is shown without.
+    Ray has no public way to do so once a job runs; where its own one does not work, the job is shown without. Ray itself
+    writes the whole of it now and then, as it was a moment before: so it is looked at again.
     """
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     job_id = submitted.get("metadata", {}).get("job_submission_id")
@@ -155,10 +158,13 @@ def add_job_metadata(metadata: Mapping[str, str]) -> None:
 
     async def add() -> None:
         storage = JobInfoStorageClient(ray._private.worker.global_worker.gcs_client)
-        info = await storage.get_info(job_id)
-        if info is not None:
+        for _ in range(METADATA_TRIES):
+            info = await storage.get_info(job_id)
+            if info is None or metadata.items() <= (info.metadata or {}).items():
+                return
             info.metadata = {**(info.metadata or {}), **metadata}
             await storage.put_info(job_id, info)
+            await asyncio.sleep(METADATA_SECONDS)
 
     try:
         asyncio.run(add())
