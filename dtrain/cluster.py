@@ -23,9 +23,9 @@ from dtrain.interrupts import handlers_kept
 log = logging.getLogger("dtrain")
 
 NICENESS = "RAY_worker_niceness"
+NAMESPACE = "dtrain"
 METADATA_TRIES, METADATA_SECONDS = 5, 0.2
 """So often what a job is to show is written, and so long after it is looked at again."""
-NAMESPACE = "dtrain"
 
 
 def check_address(address: str | None) -> str | None:
