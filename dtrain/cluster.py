@@ -147,8 +147,8 @@ def address() -> str | None:
 def add_job_metadata(metadata: Mapping[str, str]) -> None:
     """Add to the metadata that Ray's dashboard and job list show of this job, if it was submitted through Ray.
 
-    Ray has no public way to do so once a job runs; where its own one does not work, the job is shown without. Ray itself
-    writes the whole of it now and then, as it was a moment before: so it is looked at again.
+    Ray has no public way to do so once a job runs; where its own one does not work, the job is shown without. Ray
+    itself writes all of it now and then, as it was a moment before: so it is looked at again.
     """
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     job_id = submitted.get("metadata", {}).get("job_submission_id")
