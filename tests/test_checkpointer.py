@@ -54,7 +54,7 @@ def test_a_worker_has_two_snapshots_in_memory_at_most(store: CheckpointStore, mo
 
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # a Worker puts its own in the place of that
     worker = Worker("played", 0)
-    worker._replica = SimpleNamespace(snapshot=snapshot)
+    worker._replica = SimpleNamespace(snapshot=snapshot, beat=lambda doing: None, rest=lambda: None)
     for step, kept in ((1, [1]), (2, [1, 2]), (3, [2, 3]), (4, [3, 4])):  # nobody asks for any of them
         assert worker.snapshot(step) == Position(0, step)
         assert in_memory() == kept
