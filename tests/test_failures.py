@@ -208,6 +208,10 @@ def test_what_single_batches_trained_outlives_a_failing_evaluate_and_a_death_but
         loss = trainer.evaluate(x, y, verbose=0)[0]  # begins again, with new workers
         assert loss == pytest.approx(plain.evaluate(x, y, verbose=0)[0], abs=2e-5)
         assert differences(trainer) < 2e-5
+        for model in (plain, trainer):
+            model.train_on_batch(x, y)  # which only the workers know of
+        os.kill(trainer.workers[1].pid, signal.SIGKILL)
+        assert np.abs(trainer.get_weights()[0] - plain.get_weights()[0]).max() < 2e-5  # the other one tells
         assert "died with the weights" not in caplog.text
         trainer.train_on_batch(x, y)  # which only they know of
         for rank in (0, 1):
