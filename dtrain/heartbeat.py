@@ -32,13 +32,14 @@ class Heard:
     changed: float
 
 
-def who_hangs(heard: Mapping[int, Heard], now: float, timeout: float) -> dict[int, str]:
+def who_hangs(heard: Mapping[int, Heard], now: float, timeout: float, one_died: bool = False) -> dict[int, str]:
     """The ranks that are to blame, and what for.
 
     All that do not answer are to blame. Else none has got on for so long, and it is one that does not wait for the
     others; where all of them wait it is the one that has done the least, unless one does it for the first time: that
     may be building the graph of a large model. Where all have nothing to do, or one is getting ready to join, it is the
-    driver that takes its time.
+    driver that takes its time. Where `one_died` all may wait for that one: its process may live on, on a node that is
+    lost to the driver, until Horovod gives up.
     """
     silent = {rank: now - last.answered for rank, last in heard.items() if now - last.answered > timeout}
     if silent:
@@ -49,7 +50,7 @@ def who_hangs(heard: Mapping[int, Heard], now: float, timeout: float) -> dict[in
     busy = {rank: beat for rank, beat in beats.items() if not beat.waits}
     is_ready = all(beat.beats > 0 for beat in beats.values())
     is_asked = any(beat.doing != BETWEEN_SEGMENTS for beat in beats.values())
-    if not is_ready or not is_asked or (not busy and any(beat.is_new for beat in beats.values())):
+    if not is_ready or not is_asked or (not busy and (one_died or any(beat.is_new for beat in beats.values()))):
         return {}
     rank = min(busy or beats, key=lambda rank: (beats[rank].beats, rank))
     return {rank: f"no step was finished for {now - heard[rank].changed:.0f} s; it was in {beats[rank].doing}"}
@@ -74,6 +75,7 @@ class Heartbeat:
         self._timeout = timeout
         self._clock = clock
         self._heard: dict[int, Heard] = {}
+        self._one_died = False
         self._pace = 0.0
         self._looked = clock()
 
@@ -81,6 +83,7 @@ class Heartbeat:
         """All of them are well now."""
         now = self._looked = self._clock()
         self._heard = {rank: Heard(None, now, now) for rank in ranks}
+        self._one_died = False
 
     def took(self, seconds: float) -> None:
         """A step took so long."""
@@ -92,14 +95,15 @@ class Heartbeat:
             return {}
         now = self._clock()
         if now - self._looked > BLINK_SECONDS:
-            self.begin(list(self._heard))
+            self._heard = {rank: Heard(None, now, now) for rank in self._heard}
         self._looked = now
         for rank, beat in self._ask():
             if beat is None:  # dead is another matter
                 self._heard.pop(rank, None)
+                self._one_died = True
                 continue
             before = self._heard.get(rank)
             is_same = before is not None and before.beat is not None and before.beat.beats == beat.beats
             changed = before.changed if before is not None and is_same else now
             self._heard[rank] = Heard(beat, now, changed)
-        return who_hangs(self._heard, now, max(self._timeout, PATIENT_STEPS * self._pace))
+        return who_hangs(self._heard, now, max(self._timeout, PATIENT_STEPS * self._pace), self._one_died)

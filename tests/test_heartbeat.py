@@ -43,6 +43,19 @@ def test_who_is_to_blame(heard: list[Heard], expected: dict[int, str]) -> None:
     assert all(words in found[rank] for rank, words in expected.items())
 
 
+def test_those_who_wait_for_one_that_died_are_not_to_blame() -> None:
+    waits = {0: Heard(step(9), 99, 0), 2: Heard(step(9), 99, 0)}
+    assert who_hangs(waits, 100.0, TIMEOUT, one_died=True) == {}
+    assert who_hangs({**waits, 2: Heard(busy("callbacks"), 99, 0)}, 100.0, TIMEOUT, one_died=True).keys() == {2}
+    answers = iter([[(0, step(9)), (1, step(9))], [(0, step(9)), (1, None)]])
+    clock = Talk()
+    heartbeat = Heartbeat(lambda: next(answers, [(0, step(9))]), 5.0, clock.clock)
+    heartbeat.begin([0, 1])
+    for _ in range(100):
+        clock.now += 1
+        assert heartbeat.look() == {}
+
+
 class Talk:
     """Two ranks of which the second says the same for ever, and a clock."""
 

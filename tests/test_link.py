@@ -4,7 +4,6 @@ The link to the second one is cut as a switch would cut it: packets are lost, an
 """
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
@@ -15,21 +14,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import cloudpickle
-import models
-import numpy as np
 import psutil
 import pytest
-import sizes
-from models import blobs, make_exact_model
-from sizes import Sizes, sizes_in
-
-import dtrain
-
-for module in (models, sizes):  # the workers do not have the tests' folder on their path
-    cloudpickle.register_pickle_by_value(module)
+from followed import Followed
 
 HANG_TIMEOUT = 12.0
 DEADLINE = 180.0
@@ -126,69 +114,37 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
     made.close()
 
 
-def train(address: str, folder: str) -> None:
-    """A driver on the first machine."""
-    import ray
+class Driver(Followed):
+    """A program that trains, on the first of them."""
 
-    ray.init(address=address, namespace="dtrain", log_to_driver=False, logging_level="ERROR")
-    deadline = time.monotonic() + DEADLINE
-    while ray.cluster_resources().get("CPU", 0) < 2:
-        assert time.monotonic() < deadline, "the second machine's Ray does not start"
-        time.sleep(0.2)
-    here = Path(folder)
-    x, y = blobs(80)
-    data: dict[str, Any] = {"x": x, "y": y, "batch_size": 8, "verbose": 0}
-    options: dict[str, Any] = {"threads_per_worker": 1, "checkpoint": False, "tracking": False}
-    failure = dtrain.FailureConfig(on_loss="shrink", hang_timeout=HANG_TIMEOUT)
-    with dtrain.Trainer(make_exact_model, num_workers=2, failure=failure, **options) as trainer:
-        trainer.evaluate(x[:8], y[:8], verbose=0)
-        hosts = [worker.node_id for worker in trainer.workers]
-        history = trainer.fit(**data, epochs=9999, callbacks=[Sizes(here / "sizes.txt", [2, 1], here / "enough")])
-        weights = trainer.get_weights()
-    with dtrain.Trainer(make_exact_model, **options) as trainer:
-        trainer.fit(**data, epochs=len(history.epoch))
-        control = trainer.get_weights()
-    found = {
-        "hosts": len(set(hosts)),
-        "off": max(float(np.abs(ours - theirs).max()) for ours, theirs in zip(weights, control, strict=True)),
-        "recoveries": [recovery.cause for recovery in history.recoveries],
-    }
-    (here / "found.json").write_text(json.dumps(found))
+    def __init__(self, machines: Machines, folder: Path) -> None:
+        super().__init__(folder, DEADLINE)
+        machines.environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+        here = (f"{machines.ADDRESSES[0]}:6379", str(folder))
+        train = f"train(*{here!r}, 2, [2, 1], on_loss='shrink', hang_timeout={HANG_TIMEOUT})"
+        self._program = machines.run(0, sys.executable, "-c", f"from followed import train; {train}")
+
+    def code(self) -> int | None:
+        return self._program.poll()
 
 
 @pytest.mark.timeout(400)
 def test_a_short_cut_is_ridden_out_and_a_long_one_counts_as_a_death(machines: Machines, tmp_path: Path) -> None:
-    file = tmp_path / "sizes.txt"
-
-    def steps() -> int:
-        return len(file.read_text().split()) if file.exists() else 0
-
-    def wait_for(number: int) -> None:
-        deadline = time.monotonic() + DEADLINE
-        while steps() < number:
-            assert driver.poll() is None, (tmp_path / "ray.log").read_text()[-2000:]
-            assert time.monotonic() < deadline, f"{steps()} of {number} steps"
-            time.sleep(0.1)
-
-    program = f"import test_link; test_link.train({machines.ADDRESSES[0] + ':6379'!r}, {str(tmp_path)!r})"
-    machines.environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    driver = machines.run(0, sys.executable, "-c", program)
-    wait_for(20)
+    driver = Driver(machines, tmp_path)
+    driver.wait_for_steps(20)
+    assert len({node for node, _ in driver.workers()}) == 2
     machines.cut()
     time.sleep(3.5)  # TCP tries again after 6.2 s at the latest
-    stood = steps()
+    stood = driver.steps()
     machines.mend()
-    wait_for(stood + 50)
-    assert sizes_in(file) == [2]
+    driver.wait_for_steps(stood + 50)
+    assert driver.sizes() == [2]
     machines.cut()
     cut_at = time.monotonic()
-    while sizes_in(file) != [2, 1]:
-        wait_for(steps() + 1)
+    driver.wait_for_sizes(2, 1)
     seconds = time.monotonic() - cut_at
-    (tmp_path / "enough").touch()
-    assert driver.wait(DEADLINE) == 0, (tmp_path / "ray.log").read_text()[-2000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["hosts"] == 2 and found["off"] < 1e-10
-    (cause,) = found["recoveries"]
+    found = driver.end()
+    assert found["off"] < 1e-10
+    (cause,) = found["causes"]
     assert "has not answered" in cause
     print(f"three steps further {seconds:.1f} s after the cut, of which {HANG_TIMEOUT:g} s are hang_timeout")
