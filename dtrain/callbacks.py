@@ -6,11 +6,12 @@ is broadcast after it.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import keras
 
+from dtrain.callback_checkpoint import CallbackState, save_states
 from dtrain.collective import Collective
 from dtrain.errors import ConfigError
 from dtrain.keras_internals import (
@@ -74,6 +75,7 @@ class RankCallbacks:
         self._given = callbacks
         self._half_done: tuple[Hook, list[Any]] | None = None  # and what it has assigned: not agreed upon yet
         self._owes_first = False  # of it, what runs on rank 0 alone
+        self._without_state: list[keras.callbacks.Callback] = []  # that were told of
         self.completed = 0
         """How many hooks were called here, and the ranks agreed on what they did."""
         self._with_batches = {
@@ -147,6 +149,36 @@ class RankCallbacks:
     def is_on_first_only(self, callback: keras.callbacks.Callback) -> bool:
         """Whether a callback runs on rank 0 alone."""
         return any(callback is other for other in self._only_first)
+
+    def told(self) -> list[CallbackState | None]:
+        """The states of all that runs here, as far as they can be had; None in the places of the others."""
+        return self._told(lambda callback: self._collective.rank == 0 or not self.is_on_first_only(callback))
+
+    def told_of_first(self) -> Sequence[CallbackState | None]:
+        """On rank 0, the states of what is complete there alone; None in the others' places. Elsewhere none."""
+        if self._collective.rank > 0:
+            return ()
+        return self._told(lambda callback: callback is self._model.history or self.is_on_first_only(callback))
+
+    def _told(self, is_told: Callable[[keras.callbacks.Callback], bool]) -> list[CallbackState | None]:
+        found: list[CallbackState | None] = []
+        for callback in self.with_state():
+            state = None
+            if is_told(callback):
+                try:
+                    (state,) = save_states([callback])
+                except Exception as error:  # of the user's own; where there are checkpoints, it ends the fit there
+                    self._warn_of_unknown_state(callback, error)
+            found.append(state)
+        return found
+
+    def _warn_of_unknown_state(self, callback: keras.callbacks.Callback, error: Exception) -> None:
+        if callback not in self._without_state:
+            self._without_state.append(callback)
+            print(
+                f"the state of {type(callback).__name__} cannot be told ({type(error).__name__}: {error}): where this"
+                " worker dies, it begins anew"
+            )
 
     def _may_differ(self, hook: str) -> bool:
         """Whether `hook` may have had another effect on rank 0 than on others.

@@ -8,15 +8,14 @@ group finishes what there is of the segment as if it had been a shorter one.
 import contextlib
 import json
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
 
 from dtrain.callback_checkpoint import (
-    CallbackState,
     matched,
     prepare_resume,
     restore_states,
@@ -25,10 +24,10 @@ from dtrain.callback_checkpoint import (
 )
 from dtrain.callbacks import RankCallbacks
 from dtrain.collective import is_lost_peer
-from dtrain.data.loader import Chunk, Feed
+from dtrain.data.loader import Chunk, Feed, chunks_of
 from dtrain.data.stream import StreamLoader
 from dtrain.errors import LostPeer, ReplicasDiffer
-from dtrain.fit_state import Handover, Lost, Part, SavedFit, Snapshot, Standing
+from dtrain.fit_state import Handover, Lost, SavedFit, Snapshot, Standing
 from dtrain.hardware import cpu
 from dtrain.metrics import last_of
 from dtrain.model import (
@@ -42,8 +41,8 @@ from dtrain.model import (
 )
 from dtrain.optimizer import sums_locally
 from dtrain.rank_state import add_own, check_own, checksum_of_shared, read_own, write_own
-from dtrain.step import concatenate
 from dtrain.types import Array, EpochEnd, FitPlan, Logs, Position, Progress, Segment, SegmentResult
+from dtrain.under_way import UnderWay
 
 if TYPE_CHECKING:
     from dtrain.replica import Replica
@@ -54,49 +53,6 @@ CALL_SECONDS = 0.15
 """A call into TensorFlow runs about so many seconds of steps where nothing needs to see each of them."""
 CALL_BYTES = 64 << 20
 """A call's data takes at most about so many bytes."""
-
-
-@dataclass
-class _Part:
-    """What this rank has done of the segment under way."""
-
-    segment: Segment
-    steps: int = 0
-    rows: int = 0
-    seconds: float = 0.0
-    ended: bool = False
-    skipped: dict[int, bool] = field(default_factory=dict)
-    spent: dict[str, float] = field(default_factory=lambda: {"reading data": 0.0, "callbacks": 0.0})
-    states: list[list[Array]] = field(default_factory=list)
-    own: list[dict[str, Array]] = field(default_factory=list)
-    step_logs: dict[str, Array] | None = None
-    validation: Logs | None = None
-
-    @property
-    def position(self) -> Position:
-        start = self.segment.position
-        return Position(start.epoch, start.step + self.steps)
-
-    def add(self, chunk: Chunk, steps: int, states: list[Array], own: dict[str, Array]) -> None:
-        self.steps += steps
-        self.rows += chunk.global_rows * steps
-        self.states.append(states)
-        self.own.append(own)
-
-    def own_logs(self) -> dict[str, Array]:
-        """Of all of its steps, what a custom step returned besides metrics."""
-        return {key: np.concatenate([own[key] for own in self.own]) for key in (self.own[0] if self.own else ())}
-
-    def not_finite_from(self, is_of_loss: Sequence[bool]) -> int | None:
-        """See `SegmentResult.not_finite_from`; what of the metrics' states is the loss's."""
-        states = concatenate(self.states) if self.states else []
-        looked_at = [state for state, is_loss in zip(states, is_of_loss, strict=False) if is_loss]
-        looked_at += [values for key, values in self.own_logs().items() if key == "loss"]
-        firsts = [_first_not_finite(values, self.steps) for values in looked_at]
-        return min((first for first in firsts if first is not None), default=None)
-
-    def told(self) -> Part:
-        return Part(self.segment, self.steps, self.rows, self.seconds, self.ended, self.step_logs, self.validation)
 
 
 class RankFit:
@@ -136,8 +92,7 @@ class RankFit:
         self._has_begun = False  # the epoch that `_position` is in
         self._has_warned = False
         self._is_validation_astray = False
-        self._without_state: list[keras.callbacks.Callback] = []
-        self._part: _Part | None = None
+        self._part: UnderWay | None = None
         self._segments = 0
         self._seeds: list[list[int]] | None = None  # as they were when the fit began, or after the last segment
         self._result: SegmentResult | None = None
@@ -161,7 +116,7 @@ class RankFit:
             raise LostPeer("the segment before this one was interrupted")
         if self._stopped or segment.position.epoch < self._position.epoch:  # nor that the epoch ends before it
             return SegmentResult(segment.position, 0, 0, 0.0, {}, stop=self._stopped)
-        part = self._part = _Part(segment)
+        part = self._part = UnderWay(segment)
         self._begin_epoch(segment.position)
         self._train(part)
         return self._finish(part)
@@ -198,12 +153,12 @@ class RankFit:
             self._callbacks("on_epoch_begin", position.epoch)
         self._has_begun = True
 
-    def _train(self, part: _Part) -> None:
+    def _train(self, part: UnderWay) -> None:
         epoch, step = part.segment.position.epoch, part.segment.position.step
         looked_at = self._hooks.are_used or self._model.stop_training  # by Keras, too, after a first call
         steps_per_call = self._model.steps_per_execution if looked_at else self._steps_per_call()
         started = time.perf_counter()
-        chunks = _chunks(self._feed, epoch, step, part.segment.num_steps, steps_per_call, looked_at)
+        chunks = chunks_of(self._feed, epoch, step, part.segment.num_steps, steps_per_call, looked_at)
         with contextlib.closing(chunks):
             while (chunk := self._next_chunk(part, chunks)) is not None:
                 with self._spends(part, "callbacks", "callbacks, of a batch"):
@@ -220,7 +175,7 @@ class RankFit:
                     break
         part.ended = part.steps < part.segment.num_steps or self._is_end(part.position)
 
-    def _next_chunk(self, part: _Part, chunks: Iterator[Chunk]) -> Chunk | None:
+    def _next_chunk(self, part: UnderWay, chunks: Iterator[Chunk]) -> Chunk | None:
         with self._spends(part, "reading data", "reading data"):
             chunk = next(chunks, None)
             if chunk is not None and self._replica.strikes:
@@ -228,14 +183,14 @@ class RankFit:
             return chunk
 
     @contextlib.contextmanager
-    def _spends(self, part: _Part, what: str, doing: str) -> Iterator[None]:
+    def _spends(self, part: UnderWay, what: str, doing: str) -> Iterator[None]:
         """Inside, time is spent on something, but for what is waited for the others."""
         self._replica.beat(doing)
         began, waited = time.perf_counter(), self._collective.waited
         yield
         part.spent[what] += time.perf_counter() - began - (self._collective.waited - waited)
 
-    def _call(self, part: _Part, chunk: Chunk) -> tuple[list[Array], dict[str, Array]]:
+    def _call(self, part: UnderWay, chunk: Chunk) -> tuple[list[Array], dict[str, Array]]:
         started = time.perf_counter()
         try:
             return self._replica.call("train", chunk)
@@ -266,7 +221,7 @@ class RankFit:
         by_time = int(CALL_SECONDS * newest.num_steps / max(newest.seconds, 1e-6))
         return max(1, min(by_time, CALL_BYTES // max(1, self._batch_bytes[0]), 1024))
 
-    def _finish(self, part: _Part) -> SegmentResult:
+    def _finish(self, part: UnderWay) -> SegmentResult:
         """What is left to do once the steps are trained. May be called again where a lost peer cut it short."""
         epoch = part.segment.position.epoch
         self._replica.beat("the end of a segment")
@@ -304,7 +259,7 @@ class RankFit:
             others[0],
         )
 
-    def _close(self, part: _Part, logs: Logs, epoch_end: EpochEnd | None) -> SegmentResult:
+    def _close(self, part: UnderWay, logs: Logs, epoch_end: EpochEnd | None) -> SegmentResult:
         self._stopped = bool(self._model.stop_training)
         self._position = Position(part.position.epoch + 1, 0) if epoch_end is not None else part.position
         self._has_begun = epoch_end is None
@@ -320,7 +275,7 @@ class RankFit:
             epoch_end=epoch_end,
             stop=self._stopped,
             own=read_own(self._model, self._replica.metrics) if self._can_be_told else {},
-            callbacks=self._states_on_first() if self._can_be_told else (),
+            callbacks=self._callbacks.told_of_first() if self._can_be_told else (),
             not_finite_from=part.not_finite_from(self._replica.metrics.is_of_loss()),
             skipped=part.skipped,
             spent=part.spent,
@@ -330,7 +285,7 @@ class RankFit:
         self._seeds = seeds_of(self._model)
         return self._result
 
-    def _end_epoch(self, part: _Part, epoch: int) -> EpochEnd:
+    def _end_epoch(self, part: UnderWay, epoch: int) -> EpochEnd:
         logs = dict(self._logs)
         if self._validation is not None and _is_due(self._plan.validation_freq, epoch):
             if part.validation is None:
@@ -429,10 +384,9 @@ class RankFit:
         """What a rank that is behind, or new, has to know to be where this one is. Changes nothing."""
         part = self._part
         position = part.position if part is not None else self._position
-        states = self._told_states(self._runs_here)
         state = self._replica.read_state_as_first()
         return Handover(
-            SavedFit(position, 0, state, (), states, without_tensors(self._logs), {}),
+            SavedFit(position, 0, state, (), self._callbacks.told(), without_tensors(self._logs), {}),
             self._segments,
             self._result,
             part.told() if part is not None else None,
@@ -521,38 +475,18 @@ class RankFit:
         write_state(self._model, handover.fit.state)
         own = {key: np.zeros(1) for key in self._replica.own_logs}
         if handover.part is not None:
-            self._part = self._aligned(handover.part, handover.own)
-            own = {key: values for key, values in self._part.own_logs().items() if len(values)} or own
+            part = self._part = self._part or UnderWay(handover.part.segment)
+            missing = handover.part.steps - part.steps
+            times = missing if self._replica.metrics.records_steps else 1
+            part.come_to(handover.part, self._newest(times) if missing > 0 else None, handover.own)
+            own = {key: values for key, values in part.own_logs().items() if len(values)} or own
         else:
             self._part = None
         self._hooks.take_over(handover.batch, self._newest(1), own)
 
-    def _aligned(self, told: Part, own: Mapping[str, Array]) -> _Part:
-        """This rank's part of the segment, with as many records as the rank that hands over has.
-
-        Of steps that this one knows nothing of, the metrics are its newest, and what else they returned is as there.
-        """
-        part = self._part or _Part(told.segment)
-        missing = told.steps - part.steps
-        if missing > 0:
-            part.states.append(self._newest(missing if self._replica.metrics.records_steps else 1))
-            part.own.append({key: values[part.steps :] for key, values in own.items()})
-        return replace(
-            part,
-            steps=told.steps,
-            rows=told.rows,
-            seconds=told.seconds,
-            ended=told.ended,
-            step_logs=dict(told.step_logs) if told.step_logs is not None else None,
-            validation=told.validation,
-        )
-
     def _newest(self, times: int) -> list[Array]:
         """The metrics as they are here, as if so many steps had left them so."""
         return [np.repeat(np.asarray(value)[None], times, axis=0) for value in self._replica.metrics.read()]
-
-    def _runs_here(self, callback: keras.callbacks.Callback) -> bool:
-        return self._collective.rank == 0 or not self._callbacks.is_on_first_only(callback)
 
     def go_on(self) -> SegmentResult | None:
         """In the new group, finish what there is of the interrupted segment; None: nothing of it. Collective.
@@ -574,61 +508,9 @@ class RankFit:
             self._hooks.finish()
         return self._finish(part)
 
-    def _states_on_first(self) -> Sequence[CallbackState | None]:
-        """On rank 0, the states of what is complete there alone; None in the others' places."""
-        if self._collective.rank > 0:
-            return ()
-        history = self._callbacks.with_state()[0]
-        return self._told_states(lambda each: each is history or self._callbacks.is_on_first_only(each))
-
-    def _told_states(self, is_told: Callable[[keras.callbacks.Callback], bool]) -> list[CallbackState | None]:
-        """The states of callbacks, as far as they can be had; None in the places of the others."""
-        found: list[CallbackState | None] = []
-        for callback in self._callbacks.with_state():
-            state = None
-            if is_told(callback):
-                try:
-                    (state,) = save_states([callback])
-                except Exception as error:  # of the user's own; where there are checkpoints, it ends the fit there
-                    self._warn_of_unknown_state(callback, error)
-            found.append(state)
-        return found
-
-    def _warn_of_unknown_state(self, callback: keras.callbacks.Callback, error: Exception) -> None:
-        if callback not in self._without_state:
-            self._without_state.append(callback)
-            print(
-                f"the state of {type(callback).__name__} cannot be told ({type(error).__name__}: {error}): where this"
-                " worker dies, it begins anew"
-            )
-
-
-def _chunks(
-    feed: Feed, epoch: int, first_step: int, num_steps: int, steps_per_chunk: int, aligned: bool
-) -> Generator[Chunk, None, None]:
-    """A feed's chunks; `aligned`: none reaches over a multiple of `steps_per_chunk`, wherever the segments end."""
-    end = first_step + num_steps
-    while first_step < end:
-        stop = end
-        if aligned and steps_per_chunk > 1:
-            stop = min(end, (first_step // steps_per_chunk + 1) * steps_per_chunk)
-        for chunk in feed.chunks(epoch, first_step, stop - first_step, steps_per_chunk):
-            first_step = chunk.first_step + chunk.num_steps
-            yield chunk
-        if first_step < stop:  # the input has ended
-            return
-
 
 def _own_is_of_epoch(saved: SavedFit) -> bool:
     return saved.position.step > 0 and not saved.is_own_older
-
-
-def _first_not_finite(values: Array, num_steps: int) -> int | None:
-    """Of values after each step, or (one alone) after the last."""
-    wrong = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))
-    if not wrong.size:
-        return None
-    return int(wrong[0]) if len(values) == num_steps else num_steps - 1
 
 
 def _numbers(logs: Logs) -> Logs:

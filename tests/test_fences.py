@@ -19,8 +19,8 @@ STOREYS = {
     " driver_tensorflow horovod_build _horovod_cmake data.blocks data.files data.columns"
     " data.parquet_files data.checks data.tf_records data.ray_blocks callback_state schedules data.given data.stream"
     " state_tree callback_checkpoint interrupts fit_state slim_keras hardware",
-    "one rank": "replica rank_fit rank_state batch_hooks undo struck_collective feeds step optimizer losses metrics"
-    " batch_norm lookups callbacks",
+    "one rank": "replica rank_fit under_way rank_state batch_hooks undo struck_collective feeds step optimizer losses"
+    " metrics batch_norm lookups callbacks",
     "many": "worker_group rooms spares newcomers outcomes worker telemetry cluster",
     "decisions": "controller findings checkpointer recoveries heartbeat policy",
     "faces": "trainer weights fit_run resume arguments named cli doctor testing",

@@ -4,7 +4,7 @@ Reads ahead: this rank's rows, a few steps at a time, in a background thread tha
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -72,6 +72,22 @@ class Feed(Protocol):
 
     def opened(self, first: Tree, model: ModelDescription | None) -> Opened:
         """What there is to know of it, given what `first` returned, and the model if it was built from that."""
+
+
+def chunks_of(
+    feed: Feed, epoch: int, first_step: int, num_steps: int, steps_per_chunk: int, aligned: bool
+) -> Generator[Chunk, None, None]:
+    """A feed's chunks; `aligned`: none reaches over a multiple of `steps_per_chunk`, wherever the segments end."""
+    end = first_step + num_steps
+    while first_step < end:
+        stop = end
+        if aligned and steps_per_chunk > 1:
+            stop = min(end, (first_step // steps_per_chunk + 1) * steps_per_chunk)
+        for chunk in feed.chunks(epoch, first_step, stop - first_step, steps_per_chunk):
+            first_step = chunk.first_step + chunk.num_steps
+            yield chunk
+        if first_step < stop:  # the input has ended
+            return
 
 
 class Loader:
