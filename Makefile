@@ -49,7 +49,7 @@ bench: tools ## time dtrain against plain Keras, Horovod and tf.distribute (abou
 	$(UV) sync --frozen --all-extras --no-extra gpu --group bench
 	$(RUN)/python -m benchmarks.suite $(BENCH)
 
-bench-checkpoint: setup ## what checkpoints in the background, and deterministic=True, cost (about 5 minutes)
+bench-checkpoint: setup ## what checkpoints in the background, and deterministic=True, cost (about 10 minutes)
 	$(RUN)/python benchmarks/checkpoint_cost.py
 
 bench-recovery: setup ## how long the death of a worker holds up a fit, in each way to go on (about 6 minutes)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import cloudpickle
 import models
 import numpy as np
+import own_steps
 import pytest
 import ray
 import sizes
@@ -20,9 +22,16 @@ from models import blobs, make_exact_model
 from sizes import Sizes, sizes_in
 
 import dtrain
+from dtrain import spares
 from dtrain.errors import ConfigError
+from dtrain.testing import Fault, FaultPlan, kill
 
-for module in (models, sizes):  # the workers do not have the tests' folder on their path
+for module in (
+    models,
+    own_steps,
+    sizes,
+    sys.modules[__name__],
+):  # the tests' folder is not on the workers' path
     cloudpickle.register_pickle_by_value(module)
 
 CPUS = 8
@@ -95,6 +104,63 @@ def test_a_group_takes_in_workers_and_goes_on_without_the_dead(
     assert "1 more: going on with 3 workers" in capsys.readouterr().out
     manifest = json.loads(Path(str(history.checkpoint), "manifest.json").read_text())
     assert manifest["world_size"] == 3
+
+
+def in_batches() -> Any:
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices(blobs(80)).batch(8)
+
+
+X, Y = blobs(80)
+GROWING: dict[str, tuple[Any, dict[str, Any], tuple[Fault, ...]]] = {
+    "batches": (make_exact_model, {"x": in_batches}, ()),
+    "own step": (own_steps.make_exact, {"x": X, "y": Y, "batch_size": 8}, ()),
+    "dying newcomers": (
+        make_exact_model,
+        {"x": X, "y": Y, "batch_size": 8},
+        (kill(rank=1, step=0, phase="start"), kill(rank=1, step=0, phase="form", life=1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_one_worker_becomes_two(
+    kind: str, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last newcomer dies while it forms a group with the first worker, which that ends, too."""
+    monkeypatch.setattr(spares, "AGAIN_SECONDS", 1.0)
+    make_model, data, faults = GROWING[kind]
+    file = tmp_path / "sizes.txt"
+    options: dict[str, Any] = {"threads_per_worker": 1, "storage_path": tmp_path, "checkpoint": False}
+    tracking = dtrain.MLflowConfig(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", log_model=False)
+    with (
+        little_room(1) as other,
+        FaultPlan(*faults),
+        dtrain.Trainer(make_model, num_workers=(1, 2), run_name="growing", tracking=tracking, **options) as trainer,
+    ):
+
+        def make_room() -> None:
+            while sizes_in(file)[-1:] != [1]:
+                time.sleep(0.1)
+            ray.kill(other)
+
+        threading.Thread(target=make_room, daemon=True).start()
+        history = trainer.fit(**data, epochs=999, verbose=0, callbacks=[Sizes(file, [1, 2])])
+        weights = trainer.get_weights()
+    epochs = len(history.epoch)
+    with dtrain.Trainer(make_model, tracking=False, **options) as trainer:
+        control = trainer.fit(**data, epochs=epochs, verbose=0)
+        for ours, theirs in zip(weights, trainer.get_weights(), strict=True):
+            assert np.allclose(ours, theirs, rtol=0, atol=1e-10)
+    assert history.epoch == control.epoch and history.history.keys() == control.history.keys()
+    name = "own" if kind == "own step" else "loss"
+    assert history.history[name][-1] == pytest.approx(control.history[name][-1], abs=1e-6)
+    events = [json.loads(line) for line in (tmp_path / "growing" / "journal.jsonl").read_text().splitlines()]
+    steps = [e["first_step"] + i for e in events if e["event"] == "steps" for i in range(len(e["metrics"][name]))]
+    assert steps == list(range(epochs * 10))
+    assert [recovery.steps_redone for recovery in history.recoveries] == [0] * bool(faults)
+    assert ("that was to join could not" in caplog.text) == bool(faults)
 
 
 @pytest.mark.parametrize("given", [(3, 2), (0, 2), (1, 2, 3), (1,), "2", (1, "2")])

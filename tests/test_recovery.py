@@ -12,6 +12,7 @@ import cloudpickle
 import keras
 import models
 import numpy as np
+import own_steps
 import pytest
 import ray
 import tensorflow as tf
@@ -24,7 +25,7 @@ from dtrain.outcomes import outcome_of
 from dtrain.testing import Fault, FaultPlan, delay, kill, raise_in, stop
 from dtrain.types import Failure
 
-for module in (models, sys.modules[__name__]):  # the workers do not have the tests' folder on their path
+for module in (models, own_steps, sys.modules[__name__]):  # the workers do not have the tests' folder on their path
     cloudpickle.register_pickle_by_value(module)
 
 EPOCHS, STEPS = 4, 10
@@ -355,46 +356,9 @@ def test_hooks_of_batches_are_called_once_and_frozen_layers_stay_so() -> None:
     assert np.all(np.isfinite(found.notes.losses))
 
 
-class OwnSteps(keras.Model):  # type: ignore[misc]
-    """Two optimizers in one step that runs eagerly, and a number that is no metric's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = keras.layers.Dense(8, "relu"), keras.layers.Dense(3, "softmax")
-        self.other = keras.optimizers.SGD(0.05, momentum=0.9)
-
-    def call(self, x: Any) -> Any:
-        return self.second(self.first(x))
-
-    def train_step(self, data: Any) -> Any:
-        import tensorflow as tf
-
-        x, y = data
-        with tf.GradientTape() as tape:
-            loss = keras.ops.mean(keras.losses.sparse_categorical_crossentropy(y, self(x, training=True)))
-        ours, theirs = self.first.trainable_variables, self.second.trainable_variables
-        gradients = tape.gradient(loss, [*ours, *theirs])
-        self.optimizer.apply(gradients[: len(ours)], ours)
-        self.other.apply(gradients[len(ours) :], theirs)
-        return {"own": loss}
-
-    def test_step(self, data: Any) -> Any:
-        x, y = data
-        return {"loss": keras.ops.mean(keras.losses.sparse_categorical_crossentropy(y, self(x)))}
-
-
-def make_own_steps() -> Any:
-    keras.utils.set_random_seed(4)
-    model = OwnSteps()
-    model(keras.ops.zeros((1, 5)))
-    model.compile("adam", run_eagerly=True)
-    model.other.build(model.second.trainable_variables)
-    return model
-
-
 def test_a_step_of_ones_own_that_is_half_done_is_undone_as_a_whole() -> None:
-    control = train("own", model_fn=make_own_steps)
-    found = train("own-killed", kill(rank=1, step=13, phase="again"), model_fn=make_own_steps)
+    control = train("own", model_fn=own_steps.make_eager)
+    found = train("own-killed", kill(rank=1, step=13, phase="again"), model_fn=own_steps.make_eager)
     assert_same_end(found, control)
     assert [recovery.rank for recovery in found.history.recoveries] == [1]
     assert all(np.isfinite(found.history.history["own"]))
