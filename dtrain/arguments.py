@@ -162,8 +162,8 @@ def callback_list(callbacks: Any) -> list[Any]:
         if _is_keras(callback, "BackupAndRestore"):
             raise ConfigError(
                 f"callbacks[{index}]={type(callback).__name__} starts a fit in the middle, from a backup without the"
-                " place in the data; dtrain saves all of that itself: leave it out, keep Trainer(checkpoint=True), and"
-                " go on from a checkpoint with Trainer.restore"
+                " place in the data; dtrain saves all of that itself: leave it out, keep Trainer(checkpoint=True,"
+                ' run_name=...), and go on with fit(resume="auto")'
             )
     found = [callback for callback in found if not _is_keras(callback, "ProgbarLogger", subclasses=False)]
     for index, callback in enumerate(found):

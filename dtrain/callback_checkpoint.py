@@ -74,11 +74,14 @@ def matched(
         kind, parts = _kind(callback), _parts(callback)
         state = next((state for state in left if state.kind == kind and set(state.values) == parts), None)
         found.append(state)
+        is_own = not _is_keras(type(callback))
         if state is not None:
             left = [other for other in left if other is not state]
+            if is_own and "state" not in parts and not _is_keras(type(callback).__init__):
+                notes.append(f"{kind} goes on as its Keras class does; for what it keeps itself it offers no get_state")
         elif parts:
             notes.append(f"{kind} begins anew: no state of it was saved")
-        elif not _is_keras(type(callback)):
+        elif is_own:
             notes.append(f"{kind} begins anew: it offers no get_state and set_state")
     notes += [f"the state of a {state.kind} was saved, which is no callback of this fit" for state in left]
     return found, list(dict.fromkeys(notes))
@@ -172,8 +175,9 @@ def _offers(callback: Any) -> bool:
     return all(callable(getattr(callback, name, None)) for name in ("get_state", "set_state"))
 
 
-def _is_keras(kind: Any) -> bool:
-    return str(kind.__module__).split(".")[0] == "keras"
+def _is_keras(thing: Any) -> bool:
+    """A class, or a function."""
+    return str(thing.__module__).split(".")[0] == "keras"
 
 
 def _keras_classes(callback: Any) -> list[str]:

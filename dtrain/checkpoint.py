@@ -13,6 +13,7 @@ import builtins
 import hashlib
 import json
 import math
+import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ MANIFEST = "manifest.json"
 MODEL_FILE = "model.safetensors"
 """Where rank 0 writes the variables of model and optimizer."""
 
+SHARED = "with workers on several machines storage_path must be shared by all, a network folder or an fsspec URL"
 _FOLDER = re.compile(r"step-(\d{9,18})(?:-(\d{1,9}))?")
 _STAGING = re.compile(r"\.staging-(.+)-[0-9a-f]{8}")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.(?:safetensors|json)")
@@ -149,7 +151,10 @@ class Staging:
 
     def _write(self, name: str, parts: Sequence[bytes | memoryview], layout: Layout | None) -> FileRecord:
         _check_name(name, self.url)
-        with _as_checkpoint_error(f"{self.url}/{name}", "written", "free space, or choose another storage_path"):
+        fix = "free space, or choose another storage_path"
+        if Folder(self.url).is_local and not os.path.isdir(Folder(self.url).url):
+            fix = f"that folder is not on this machine: {SHARED}"
+        with _as_checkpoint_error(f"{self.url}/{name}", "written", fix):
             Folder(self.url).write(name, *parts)
         digest = hashlib.sha256()
         for part in parts:
@@ -237,10 +242,6 @@ class CheckpointStore:
                 if manifest.best is not None and monitor in (None, manifest.extra.get("monitor")):
                     return manifest.best, checkpoint
         return None
-
-    def load(self, checkpoint: Checkpoint | str) -> LoadedCheckpoint:
-        """Reads and verifies a checkpoint, by its URL or as listed; of any store. See `load`."""
-        return load(checkpoint)
 
     def latest_valid(self) -> tuple[LoadedCheckpoint | None, tuple[str, ...]]:
         """The newest checkpoint that verifies, and why each newer one, which is damaged, does not.
@@ -408,16 +409,13 @@ def _check_staged(staged: Folder, manifest: Manifest) -> None:
         entry = entries.pop(record.name, None)
         if entry is None or entry.size != record.size:
             found = f"has {entry.size} bytes, not {record.size}" if entry else "is not there"
-            raise CheckpointError(
-                f"{staged.url}/{record.name} was written by a worker but {found}: with workers on several machines "
-                "storage_path must be shared by all, a network folder or an fsspec URL"
-            )
+            raise CheckpointError(f"{staged.url}/{record.name} was written by a worker but {found}: {SHARED}")
     for name in entries:
         staged.remove_file(name)
 
 
 def _check_listing(folder: Folder, manifest: Manifest) -> None:
-    entries = folder.entries()
+    entries = {name: entry for name, entry in folder.entries().items() if not name.startswith(".")}  # .DS_Store, say
     entries.pop(MANIFEST, None)
     for record in manifest.files:
         entry = entries.pop(record.name, None)
@@ -439,7 +437,7 @@ def _check_header(folder: Folder, record: FileRecord) -> Offsets:
     try:
         header = json.loads(folder.read(record.name, 8 + size)[8:])
         header.pop("__metadata__", None)
-        spans = sorted((*map(index, item["data_offsets"]), key) for key, item in header.items())
+        spans = sorted((*_span(item["data_offsets"]), key) for key, item in header.items())
         found = {key: (item["dtype"], tuple(item["shape"])) for key, item in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(folder, f"{record.name} has a header that cannot be understood ({error})") from error
@@ -455,6 +453,11 @@ def _check_header(folder: Folder, record: FileRecord) -> Offsets:
     if 8 + size + end != record.size:
         raise _damaged(folder, f"{record.name} has {record.size} bytes, but its tensors end at {8 + size + end}")
     return offsets
+
+
+def _span(offsets: Sequence[Any]) -> tuple[int, int]:
+    start, stop = map(index, offsets)
+    return start, stop
 
 
 def _read_verified(folder: Folder, record: FileRecord) -> bytes:
@@ -502,6 +505,11 @@ def _decode(raw: bytes, folder: Folder) -> Manifest:
         raise ValueError(f"{whole} must be whole numbers")
     if not isinstance(fields["best"], (float, int, type(None))):
         raise ValueError(f"best={fields['best']!r} must be a number")
+    fields["metrics"] = {str(name): float(value) for name, value in fields["metrics"].items()}
+    extra = fields["extra"]
+    if not all(isinstance(part, (dict, type(None))) for part in (extra, extra.get("plan"), extra.get("tracked"))):
+        raise ValueError("extra, plan and tracked must be objects")
+    fields["versions"] = {str(name): str(value) for name, value in fields["versions"].items()}
     fields["files"] = tuple(_decode_record(name, item, folder) for name, item in fields["files"].items())
     return Manifest(**fields)
 

@@ -6,7 +6,7 @@ before it stay, and training goes on.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -14,8 +14,9 @@ from typing import Any, Self
 from dtrain.checkpoint import Checkpoint, CheckpointStore, FileRecord, Manifest, Staging
 from dtrain.config import CheckpointConfig
 from dtrain.errors import CheckpointError, TakenOver
+from dtrain.outcomes import have_answered, outcome_of
 from dtrain.policy import checkpoint_is_due, is_better, steps_until_checkpoint
-from dtrain.types import Logs, Position
+from dtrain.types import Failure, Logs, Position
 from dtrain.worker_group import GroupBroken, WorkerGroup
 
 log = logging.getLogger("dtrain")
@@ -32,6 +33,7 @@ class Saving:
         begin: called once the workers stand where the fit begins or goes on.
         before_commit: called before each commit: what it returns goes into the manifest's `extra`; it raises
             CheckpointError where this process may no longer commit. Also called where one cannot be made.
+        validates: after some epochs; metrics then have values of the validation, too.
     """
 
     store: CheckpointStore
@@ -39,6 +41,7 @@ class Saving:
     manifest: Manifest
     begin: Callable[[], None] = lambda: None
     before_commit: Callable[[], Mapping[str, Any]] = dict
+    validates: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Checkpointer:
         self._watch = watch
         self._best: tuple[float, Checkpoint] | None = None
         self._is_first = False
+        self._asked_for = 0  # the newest, at this step
         if saving is not None:
             saving.begin()
             self._best = saving.store.best(saving.config.monitor) if saving.config.monitor is not None else None
@@ -97,6 +101,7 @@ class Checkpointer:
         Killed before the next one it then begins again with the weights that it began with. It is written while the
         first steps are trained.
         """
+        self._asked_for = step
         if self._is_first:
             self.take(step, {})
 
@@ -107,6 +112,11 @@ class Checkpointer:
     def is_due(self, epoch: int, step: int) -> bool:
         """Whether to make one when `epoch` has ended, `step` mini-batches into the run."""
         return self._saving is not None and checkpoint_is_due(self._saving.config, epoch, step)
+
+    def is_late(self, step: int) -> bool:
+        """Whether one that goes by steps is missing: the group broke when it was to be made."""
+        every = self._saving.config.every_steps if self._saving is not None else None
+        return every is not None and step - self._asked_for >= every
 
     def save(self, step: int, metrics: Logs, **extra: Any) -> None:
         """Make a checkpoint of the state as it is now, and wait until it is one."""
@@ -143,6 +153,7 @@ class Checkpointer:
         self.finish()
         saving = self._saving
         assert saving is not None
+        self._asked_for = step
         try:
             staging = saving.store.stage(step)
         except CheckpointError as error:
@@ -183,15 +194,26 @@ class Checkpointer:
         except TakenOver:  # what lies there may be the other driver's by now
             raise
         except CheckpointError as error:
-            if _is_ours(saving):  # or what lies there may be another driver's
-                with suppress(CheckpointError):
-                    saving.store.discard(writing.staging)
-            self._has_failed(error)
+            self._give_up(saving, writing, error)
             return
         try:
             saving.store.prune(saving.config.keep, self._best[1] if self._best else None)
         except CheckpointError as error:
             log.warning("an old checkpoint stays: %s", error)
+
+    def lose(self, dead: Sequence[int]) -> None:
+        """Ranks have died: what they were still writing makes no checkpoint. Does not wait."""
+        writing, saving = self._writing, self._saving
+        if writing is None or saving is None or not any(_is_lost(writing.calls[rank]) for rank in dead):
+            return
+        self._writing = None
+        self._give_up(saving, writing, CheckpointError("a worker died while it wrote its part"))
+
+    def _give_up(self, saving: Saving, writing: _Writing, error: CheckpointError) -> None:
+        if _is_ours(saving):  # or what lies there may be another driver's
+            with suppress(CheckpointError):
+                saving.store.discard(writing.staging)
+        self._has_failed(error)
 
     def _commit(
         self, saving: Saving, writing: _Writing, written: list[tuple[FileRecord, ...] | CheckpointError]
@@ -205,7 +227,8 @@ class Checkpointer:
         # Within an epoch metrics are of the rows so far: they do not compare. Those of the end may be of other weights.
         ends_epoch = writing.manifest.position.step == 0 and "finished" not in writing.manifest.extra
         is_best = ends_epoch and is_better(saving.config, metrics, self._best[0] if self._best else None)
-        self._check_monitor(saving.config.monitor, metrics if ends_epoch else {})
+        if ends_epoch and (not saving.validates or any(name.startswith("val_") for name in metrics)):
+            self._check_monitor(saving.config.monitor, metrics)
         best = float(metrics[saving.config.monitor or ""]) if is_best else None
         extra = {**writing.manifest.extra, **saving.before_commit()}
         manifest = replace(writing.manifest, files=tuple(files), best=best, extra=extra)
@@ -230,6 +253,11 @@ class Checkpointer:
         kept = self.newest.url if self.newest else "none yet"
         log.warning("no checkpoint was made, training goes on (the newest one: %s): %s", kept, error)
         self._is_failing = True
+
+
+def _is_lost(call: Any) -> bool:
+    """Whether a call to a worker that died has come to nothing."""
+    return not have_answered([call]) or isinstance(outcome_of(call), Failure)
 
 
 def _is_ours(saving: Saving) -> bool:

@@ -208,8 +208,9 @@ class Controller:
         """
         sampler = Sampler(steps, plan.initial_epoch) if isinstance(steps, BatchPlan) else None
         broken: GroupBroken | None = None
-        is_due = False  # a checkpoint, after an epoch
+        is_due = False  # a checkpoint, besides those that are sent for within an epoch
         self._heartbeat = Heartbeat(self._group.beats, self._failure.hang_timeout or math.inf, self._clock)
+        self._epoch_started = self._clock()
         while broken is not None or not self._is_over(plan, record):
             epoch = record.position.epoch
             num_steps = steps if isinstance(steps, int) else sampler.steps_in_epoch(epoch) if sampler else None
@@ -221,8 +222,10 @@ class Controller:
                     self._grow(plan, callbacks, record)
                 else:
                     self._run_epoch(num_steps, record, checkpointer)
-                if record.position.epoch > epoch and not record.stopped and record.position.epoch < plan.epochs:
-                    is_due |= checkpointer.is_due(epoch, record.steps)
+                if not record.stopped and record.position.epoch < plan.epochs:
+                    has_ended = record.position.epoch > epoch
+                    is_due |= checkpointer.is_late(record.steps)
+                    is_due |= has_ended and checkpointer.is_due(epoch, record.steps)
                 if is_due:
                     checkpointer.take(record.steps, record.logs)
                     is_due = False
@@ -360,6 +363,8 @@ class Controller:
             GroupBroken: it broke again. Those that were being replaced are to be replaced once more.
         """
         group, dead = self._group, list(broken.dead)
+        if self._checkpointer is not None:
+            self._checkpointer.lose(dead)
         try:
             dead, behind = self._settle(broken, record)
             if dead and self._goes_on_without(len(group.workers) - len(dead)):

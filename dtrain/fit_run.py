@@ -169,6 +169,7 @@ class FitRun:
             self._goes_on = True
             self._find_start(AUTO)
             assert self._loaded is not None
+            self._note_passed_over()
             self._trainer.keep_for_fall_back(self._loaded.checkpoint.url)
         elif finished == (self._loaded.manifest.step if self._loaded is not None else 0):  # nothing is lost
             self._trainer.begin_again()
@@ -283,8 +284,7 @@ class FitRun:
 
     def _announce_resume(self, loaded: LoadedCheckpoint, changed: Sequence[str]) -> None:
         note = self._display.note
-        for reason in self._passed_over:
-            note(f"passed over: {reason}")
+        self._note_passed_over()
         note(f"going on at {in_words(loaded.manifest.position)} from {loaded.checkpoint.url}")
         if self._trainer.seed != loaded.manifest.seed:
             note(f"seed={self._trainer.seed} has no effect: the run goes on with {loaded.manifest.seed}")
@@ -299,11 +299,18 @@ class FitRun:
         if other:
             note(f"not bit for bit what an undisturbed run would give: {', '.join(other)}")
 
+    def _note_passed_over(self) -> None:
+        for reason in self._passed_over:
+            self._display.note(f"passed over: {reason}")
+
     def _versions(self) -> dict[str, str]:
-        """What the bits of the result hang on, besides what the user has passed."""
-        held_out = self._digest_of("validation")
-        digest = {"validation_digest": held_out} if held_out is not None else {}
-        return {**versions(), **self._trainer.machine(), **self._trainer.circumstances(), **digest}
+        """What the result hangs on, besides the rows that are trained on, and in what order."""
+        held_out, plan = self._digest_of("validation"), self._plan
+        validation = {"validation_digest": held_out} if held_out is not None else {}
+        if (passes := plan.validation) is not None:
+            steps = passes.steps_per_epoch if isinstance(passes, BatchPlan) else passes.steps
+            validation |= {"validation_freq": str(plan.validation_freq), "validation_steps": str(steps)}
+        return {**versions(), **self._trainer.machine(), **self._trainer.circumstances(), **validation}
 
     def _tell_ray(self, run_id: str) -> None:
         cluster.add_job_metadata({"dtrain_run": self._name, "mlflow_run_id": run_id})
@@ -349,7 +356,8 @@ class FitRun:
             versions=self._versions(),
             extra={"plan": plan, "monitor": self._trainer.checkpoint.monitor},
         )
-        return Saving(self._folder.checkpoints, self._trainer.checkpoint, manifest, self._begin, self._before_commit)
+        known = self._folder.checkpoints, self._trainer.checkpoint, manifest, self._begin, self._before_commit
+        return Saving(*known, validates=self._plan.validation is not None)
 
     def _begin(self) -> None:
         """The workers have taken over the checkpoint: what is newer is not to be gone on from any more."""
@@ -371,7 +379,10 @@ class FitRun:
         if history.epoch and self._folder is not None:
             figure = history.plot()
             if os.path.isdir(self._folder.url):
-                figure.savefig(os.path.join(self._folder.url, CURVES))
+                try:
+                    figure.savefig(os.path.join(self._folder.url, CURVES))
+                except OSError as error:  # a full disk must not end what has trained to the end
+                    self._display.note(f"{CURVES} cannot be written: {error}")
             self._tracker.log_figure(figure, CURVES)
         tracking = self._trainer.tracking
         if tracking is not None and tracking.log_model:

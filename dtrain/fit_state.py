@@ -41,6 +41,7 @@ class Snapshot:
         callbacks: on rank 0: their states.
         logs: on rank 0: those after the last mini-batch, of an epoch that may have no more.
         has_begun: the hook of the epoch that `position` is in was called.
+        batches: a checksum of the batches before `position`; None where data have rows.
     """
 
     position: Position
@@ -49,6 +50,7 @@ class Snapshot:
     callbacks: CallbackStates = field(default_factory=list)
     logs: Logs = field(default_factory=dict)
     has_begun: bool = False
+    batches: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class SavedFit:
         finished: the fit was over, its averages or best weights in place.
         has_begun: the hook of the epoch that `position` is in was called.
         is_own_older: `own` is of an epoch before: metrics have begun anew since.
+        batches: a checksum of the batches before `position`; None where data have rows, or nobody knows.
     """
 
     position: Position
@@ -80,6 +83,7 @@ class SavedFit:
     finished: bool = False
     has_begun: bool = False
     is_own_older: bool = False
+    batches: int | None = None
 
 
 @dataclass(frozen=True)
@@ -230,9 +234,8 @@ def write(snapshot: Snapshot, staging: Staging, rank: int) -> tuple[FileRecord, 
         for number, state in enumerate(snapshot.callbacks):
             states.append(None if state is None else {"kind": state.kind, "values": state.values})
             named.update((f"{number}/{key}", array) for key, array in (state.arrays if state else {}).items())
-        records.append(
-            staging.write_json(f"{FIT}.json", {"callbacks": states, "logs": logs, "has_begun": snapshot.has_begun})
-        )
+        known = {"has_begun": snapshot.has_begun, "batches": snapshot.batches}
+        records.append(staging.write_json(f"{FIT}.json", {"callbacks": states, "logs": logs, **known}))
         records.append(staging.write_tensors(f"{FIT}.safetensors", named))
     return tuple(records)
 
@@ -274,6 +277,7 @@ def read(loaded: LoadedCheckpoint) -> SavedFit:
             bool(manifest.extra.get("stopped")),
             bool(manifest.extra.get("finished")),
             bool(fit["has_begun"]),
+            batches=None if fit["batches"] is None else int(fit["batches"]),
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(

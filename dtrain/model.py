@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stdout
+from itertools import zip_longest
 from typing import Any
 
 import keras
@@ -29,8 +30,8 @@ from dtrain.types import Array, ModelDescription, Tree
 
 ModelFn = Callable[..., keras.Model]
 
-_NOT_SETTINGS = ("name", "learning_rate", "build_config")
-"""Of a configuration: Keras counts names within a process, and rates change as they should."""
+_NOT_SETTINGS = ("name", "learning_rate", "build_config", "synchronized")
+"""Of a configuration: Keras counts names within a process, rates change, and the Trainer may synchronize."""
 
 State = dict[str, Array]
 """A model's and its optimizer's variables by name, in a fixed order."""
@@ -270,19 +271,23 @@ def _places(model: keras.Model, state: Mapping[str, Array]) -> tuple[list[tuple[
     waiting, state = pick(state, unbuilt), leave_out(state, unbuilt)
     groups = {_group(name) for name in state}
     variables = {name: v for name, v in named_variables(model).items() if _group(name) in groups}
-    for (name, variable), (other, value) in zip(variables.items(), sorted(state.items()), strict=False):
-        same_place = name.split("/")[:2] == other.split("/")[:2]
-        if not same_place or tuple(variable.shape) != value.shape or str(variable.dtype) != str(value.dtype):
+    for here, there in zip_longest(variables.items(), sorted(state.items())):
+        if here is None or there is None or _form(*here) != _form(*there):
             raise CheckpointError(
-                f"the state is of another model: it has {other} {value.shape} {value.dtype}"
-                f" where this model has {name} {tuple(variable.shape)} {variable.dtype}"
+                f"the state is of another model or optimizer: it has {_in_words(there)} where this model has"
+                f" {_in_words(here)}"
             )
-    if len(variables) != len(state):
-        raise CheckpointError(
-            f"the state has {len(state)} variables, this model {len(variables)}; it is of another model or optimizer"
-        )
     values = (value for _, value in sorted(state.items()))
     return list(zip(variables.values(), values, strict=True)), waiting
+
+
+def _form(name: str, value: Any) -> tuple[Any, ...]:
+    """What a variable's place, and a value of it, must have in common."""
+    return name.split("/")[:2], tuple(value.shape), str(value.dtype)
+
+
+def _in_words(item: tuple[str, Any] | None) -> str:
+    return "nothing more" if item is None else f"{item[0]} {tuple(item[1].shape)} {item[1].dtype}"
 
 
 def pick(state: Mapping[str, Array], groups: Collection[str]) -> State:

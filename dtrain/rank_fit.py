@@ -144,7 +144,10 @@ class RankFit:
             return Snapshot(self._position, own)
         states = save_states(self._callbacks.with_state())
         state, logs = self._replica.read_state(alone=True), without_tensors(self._logs)
-        return Snapshot(self._position, own, state, states, logs, self._has_begun)
+        return Snapshot(self._position, own, state, states, logs, self._has_begun, self._batches_before(self._position))
+
+    def _batches_before(self, position: Position) -> int | None:
+        return self._feed.digest_at(position) if isinstance(self._feed, StreamLoader) else None
 
     def _begin_epoch(self, position: Position) -> None:
         if position.step == 0 and not self._has_begun:
@@ -350,6 +353,8 @@ class RankFit:
         self._logs = dict(saved.logs)
         if saved.position.step == 0:
             self._epoch_logs = dict(saved.logs)
+        if isinstance(self._feed, StreamLoader) and saved.batches is not None:
+            self._feed.expect(saved.position, saved.batches)
         if isinstance(self._validation, StreamLoader):
             self._validation.skip_passes(self._num_validated(saved.position.epoch))
         self._replica.write_state(dict(saved.state))
@@ -384,9 +389,10 @@ class RankFit:
         """What a rank that is behind, or new, has to know to be where this one is. Changes nothing."""
         part = self._part
         position = part.position if part is not None else self._position
-        state = self._replica.read_state_as_first()
+        states, logs = self._callbacks.told(), without_tensors(self._logs)
+        state, batches = self._replica.read_state_as_first(), self._batches_before(position)
         return Handover(
-            SavedFit(position, 0, state, (), self._callbacks.told(), without_tensors(self._logs), {}),
+            SavedFit(position, 0, state, (), states, logs, {}, batches=batches),
             self._segments,
             self._result,
             part.told() if part is not None else None,

@@ -26,6 +26,8 @@ from dtrain.types import Array
 
 Own = Mapping[str, Array]
 
+TWISTER_WORDS = 624
+"""The state of a Mersenne Twister, and where in it a generator stands at most."""
 METRIC, SEED = "metric/", "seed/"
 """What a rank's metric variables and its random generators' states are called in its file: this, and a number."""
 
@@ -95,7 +97,7 @@ def check_own(model: keras.Model, metrics: MetricState, every: Sequence[Own], in
     """Refuse what `write_own` would refuse.
 
     Raises:
-        CheckpointError: it is of another model or of other metrics.
+        CheckpointError: it is of another model or of other metrics, or holds what is no state of a generator.
     """
     kinds = (METRIC, ACCUMULATED) if in_epoch else (ACCUMULATED,)
     variables = {name: v for name, v in _variables(model, metrics).items() if name.startswith(kinds)}
@@ -108,6 +110,7 @@ def check_own(model: keras.Model, metrics: MetricState, every: Sequence[Own], in
                     f" {_form(known)}. In the middle of an epoch the metrics and gradient_accumulation_steps must be"
                     " what they were"
                 )
+        _check_generators(own)
 
 
 def _is_of(variable: Any, value: Array | None) -> bool:
@@ -142,6 +145,19 @@ def _generators() -> dict[str, Array]:
         "random/numpy": np.array([*keys, position, has_gauss], np.uint32),
         "random/numpy_gauss": np.array([cached], np.float64),
     }
+
+
+def _check_generators(own: Own) -> None:
+    """NumPy takes any position for one within its 624 words, and reads there."""
+    forms = {name: (value.dtype, value.ndim) for name, value in _generators().items()}
+    sizes = {"random/python": (TWISTER_WORDS + 2,), "random/python_gauss": (0, 1)}
+    sizes |= {"random/numpy": (TWISTER_WORDS + 2,), "random/numpy_gauss": (1,)}
+    is_whole = all(
+        name in own and (own[name].dtype, own[name].ndim) == form and own[name].size in sizes[name]
+        for name, form in forms.items()
+    )
+    if not is_whole or max(own["random/python"][-1], own["random/numpy"][-2]) > TWISTER_WORDS:
+        raise CheckpointError("the checkpoint is of no fit: its random/python or random/numpy is no generator's state")
 
 
 def _seed(own: Own) -> None:

@@ -4,6 +4,7 @@ What is refused here is refused before a worker starts. That the checkpoint is o
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -28,6 +29,8 @@ def check_resume(resume: Any, run_name: str | None, makes_checkpoints: bool) -> 
     """
     if resume is False or resume is None:
         return False
+    if isinstance(resume, os.PathLike):
+        resume = os.fspath(resume)
     if not isinstance(resume, str) or not resume:
         raise ConfigError(f'resume={resume!r} must be False, "auto", or the URL of a checkpoint')
     if resume == AUTO and run_name is None:
@@ -64,10 +67,15 @@ def as_begun(manifest: Manifest, plan: FitPlan) -> FitPlan:
     """The plan with the order of rows that the run began with, and its first epoch.
 
     The order hangs on the seed, and on which fit it was.
+
+    Raises:
+        CheckpointError: the manifest says nonsense of them.
     """
     begun = manifest.extra.get("plan", {})
-    seed = tuple(begun.get("seed", ())) or plan.train.seed
-    first = begun.get("initial_epoch", plan.initial_epoch)
+    first, seed = begun.get("initial_epoch", plan.initial_epoch), begun.get("seed") or plan.train.seed
+    if type(first) is not int or not (isinstance(seed, (list, tuple)) and all(type(word) is int for word in seed)):
+        raise CheckpointError("the checkpoint's manifest has a plan that is none; use another checkpoint")
+    seed = tuple(seed)
     return replace(plan, initial_epoch=first, train=replace(plan.train, seed=seed))
 
 
@@ -117,8 +125,9 @@ def other_circumstances(manifest: Manifest, world_size: int, versions: Mapping[s
         found.append("another model, with the same weights (layers' settings, optimizer or loss)")
     if manifest.world_size != world_size:
         found.append(f"num_workers {world_size} instead of {manifest.world_size}")
-    settings = ("deterministic", "sync_batch_norm", "sparse_as_dense", "floatx", "dtype_policy", "validation_digest")
-    for name in ("tensorflow", "keras", "horovod", "numpy", "cpu", "threads", *settings):
+    settings = ("deterministic", "sync_batch_norm", "sparse_as_dense", "on_nan", "floatx", "dtype_policy")
+    validation = ("validation_digest", "validation_freq", "validation_steps")
+    for name in ("tensorflow", "keras", "horovod", "numpy", "cpu", "threads", *settings, *validation):
         before, now = manifest.versions.get(name), versions.get(name)
         if before is not None and now is not None and before != now:
             found.append(f"{name} {now} instead of {before}")

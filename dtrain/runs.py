@@ -52,7 +52,7 @@ class CheckpointSummary:
     """A committed checkpoint as its manifest tells it; only loading it tells whether it is whole.
 
     Attributes:
-        is_best: whether `run.json` names it as the best.
+        is_best: whether its manifest says that it was the best when it was made.
         damage: why the manifest cannot be used; None if it can.
     """
 

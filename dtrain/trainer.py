@@ -506,6 +506,7 @@ class Trainer:
             "deterministic": str(self.deterministic),
             "sync_batch_norm": str(self.sync_batch_norm),
             "sparse_as_dense": str(self.sparse_as_dense),
+            "on_nan": self.failure.on_nan,
             "floatx": str(_keras_settings().get("floatx", "float32")),
             "dtype_policy": str(_keras_settings().get("dtype_policy", "float32")),
         }

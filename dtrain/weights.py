@@ -45,6 +45,7 @@ class Weights:
         self._began_with: State | None = None  # what they got before the training that is in progress, or the last
         self._are_lost = False  # the workers died with them
         self._checkpoint: str | None = None
+        self._is_of: tuple[str, str] | None = None  # a checkpoint that was taken over, and the digest of its model
 
     def see(self, example: Tree) -> None:
         """The first row of data that the model is built from; that with targets is kept."""
@@ -68,7 +69,7 @@ class Weights:
         """A keras.Model in this process with the weights as they are now."""
         import_tensorflow()
         from dtrain.keras_internals import compiled_parts
-        from dtrain.model import build_variables, make_model, pick, write_state
+        from dtrain.model import build_variables, describe, make_model, pick, write_state
 
         if self._model is None:
             self._model = make_model(self._model_fn, self._config)
@@ -82,6 +83,8 @@ class Weights:
             state = group.call("read_state")[0]
         if state is not None and self._model.built:
             waiting = write_state(self._model, _without_random(state))
+            if self._is_of is not None:
+                self._compare(describe(self._model).structure)
             self._beside = {**pick(state, ("seeds",)), **waiting}
             self._model_is_current = True
         return self._model
@@ -117,6 +120,7 @@ class Weights:
         if group is not None and not group.closed:
             self.keep(group)
         kept = self._pending
+        self._is_of = loaded.checkpoint.url, loaded.manifest.model_digest
         try:
             self._take(fit_state.state_of(loaded), group)
         except CheckpointError:
@@ -137,6 +141,8 @@ class Weights:
             self._pending = state
             raise
         self._delivered = state
+        if group.description is not None:
+            self._compare(group.description.structure)
 
     def keep(self, group: WorkerGroup) -> None:
         """Take the weights from workers that are about to end."""
@@ -173,6 +179,18 @@ class Weights:
             log.warning("the workers died with the weights: going on from %s", self._checkpoint)
             self.take_checkpoint(self._checkpoint, None)
         self._are_lost = False
+
+    def _compare(self, structure: str) -> None:
+        """Say it, once, where a checkpoint's weights fit a model that is not the one that they were trained in."""
+        if self._is_of is None:
+            return
+        (url, digest), self._is_of = self._is_of, None
+        if digest and structure and digest != structure:
+            log.warning(
+                "%s is of another model, with weights of the same shapes: settings of layers, the optimizer or the loss"
+                " are not those of model_fn",
+                url,
+            )
 
     def _state_of(self, model: "keras.Model") -> "State":
         """The local model's state, and what belongs to it of the workers'; its own random numbers are nobody's."""

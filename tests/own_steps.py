@@ -44,10 +44,15 @@ def make_exact() -> Any:
     return _make("float64", keras.optimizers.SGD(0.05))
 
 
-def _make(dtype: str, optimizer: Any, **options: Any) -> Any:
+def make_of_width(width: int) -> Any:
+    """In the precision of the moment; it takes rows of so many numbers."""
+    return _make(keras.config.floatx(), "adam", width)
+
+
+def _make(dtype: str, optimizer: Any, width: int = 5, **options: Any) -> Any:
     keras.utils.set_random_seed(4)
     model = OwnSteps(dtype)
-    model(np.zeros((1, 5)))
+    model(np.zeros((1, width)))
     model.compile(optimizer, **options)
     model.other.build(model.second.trainable_variables)
     return model

@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import own_steps
 import tensorflow as tf
 from keras import layers
 
@@ -105,6 +106,14 @@ def accumulating() -> keras.Model:
     return model
 
 
+def scaled() -> keras.Model:
+    """A loss scale that moves, and several steps an execution."""
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3, activation="softmax")])
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.05), 4.0, dynamic_growth_steps=3)
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"], steps_per_execution=2)
+    return model
+
+
 def plain() -> keras.Model:
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3, activation="softmax")])
     model.compile(keras.optimizers.SGD(0.5), "sparse_categorical_crossentropy", metrics=["accuracy"])
@@ -139,6 +148,8 @@ CASES: Mapping[str, tuple[Callable[[], keras.Model], Callable[[], list[Any]], Ca
     "dropout, batch normalization, Adam, a schedule, early stopping": (regularized, deciding, None),
     "accumulated gradients, averaged weights": (accumulating, lambda: [], None),
     "a lowered learning rate, data in batches": (plain, lowering, in_batches),
+    "a loss scale, two steps an execution": (scaled, lambda: [], None),
+    "two optimizers in a step of its own": (lambda: own_steps.make_of_width(4), lambda: [], None),
 }
 
 

@@ -15,7 +15,7 @@ from models import blobs, make_classifier
 from warm import differences
 
 from dtrain.callback_checkpoint import CallbackState, matched, prepare_resume, restore_states, save_states
-from dtrain.checkpoint import CheckpointStore, Manifest
+from dtrain.checkpoint import CheckpointStore, Manifest, load
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.state_tree import pack, unpack
 from dtrain.types import Position
@@ -35,7 +35,7 @@ def stored(states: list[CallbackState | None], folder: Path) -> list[CallbackSta
     for index, state in enumerate(states):
         files.append(staging.write_tensors(f"callback-{index}.safetensors", state.arrays if state else {}))
     store.commit(staging, Manifest(step=1, position=Position(0, 0), world_size=1, seed=0, files=tuple(files)))
-    loaded = store.load(store.list()[-1])
+    loaded = load(store.list()[-1])
     return [
         item and CallbackState(item["kind"], item["values"], loaded.tensors[f"callback-{index}.safetensors"])
         for index, item in enumerate(loaded.state["callbacks.json"])
@@ -195,6 +195,12 @@ class Keeps(callbacks.Callback):  # type: ignore[misc]
         return []
 
 
+class Remembers(callbacks.EarlyStopping):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+
 def renamed(kind: type, name: str) -> Any:
     return type(name, (kind,), {})()
 
@@ -209,6 +215,9 @@ def test_states_find_their_callbacks_in_any_order_and_what_is_left_is_told() -> 
         Holds(0),
         renamed(Counts, "A"),
         Keeps(),
+    ]
+    assert matched([Remembers()], save_states([Remembers()]))[1] == [
+        "Remembers goes on as its Keras class does; for what it keeps itself it offers no get_state"
     ]
     found, notes = matched(given, states)
     assert found == [states[1], None, states[0], states[2], None, None]

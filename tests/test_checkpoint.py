@@ -76,7 +76,7 @@ def test_what_is_committed_is_loaded(store: CheckpointStore) -> None:
     committed = commit(store, 120)
     assert committed.url == f"{store.url}/step-000000120"
     assert store.latest() == committed
-    loaded = store.load(committed)
+    loaded = load(committed)
     assert step_of(loaded) == 120 and loaded.checkpoint == committed == load(committed.url).checkpoint
     assert loaded.manifest.position == Position(1, 3) and loaded.manifest.metrics == {"loss": 0.5}
     assert read_manifest(committed.url) == loaded.manifest
@@ -92,7 +92,7 @@ def test_every_dtype_and_shape_comes_back(store: CheckpointStore) -> None:
     tensors["nan"] = np.array([np.nan, np.inf, -0.0], np.float32)
     staging = store.stage(1)
     files = (staging.write_tensors("model.safetensors", tensors), staging.write_tensors("empty.safetensors", {}))
-    got = store.load(store.commit(staging, manifest(1, files=files))).tensors
+    got = load(store.commit(staging, manifest(1, files=files))).tensors
     assert got["empty.safetensors"] == {} and set(got["model.safetensors"]) == set(tensors)
     for name, tensor in tensors.items():
         back = got["model.safetensors"][name]
@@ -162,7 +162,7 @@ def test_files_of_a_killed_worker_are_not_committed(store: CheckpointStore) -> N
     staging = store.stage(120)
     staging.write_json("stale.json", {})
     committed = store.commit(staging, manifest(120, files=(staging.write_json("state.json", {"a": 1}),)))
-    assert store.load(committed).state == {"state.json": {"a": 1}}
+    assert load(committed).state == {"state.json": {"a": 1}}
 
 
 def test_a_late_worker_can_write_nothing(local: CheckpointStore) -> None:
@@ -176,7 +176,7 @@ def test_a_late_worker_can_write_nothing(local: CheckpointStore) -> None:
 def test_a_step_committed_twice_keeps_both(store: CheckpointStore) -> None:
     first, second = commit(store, 120), commit(store, 120)
     assert first.url != second.url and store.list() == (first, second)
-    assert step_of(store.load(first)) == step_of(store.load(second)) == 120
+    assert step_of(load(first)) == step_of(load(second)) == 120
 
 
 def test_prune_keeps_the_newest_and_the_best_and_clears_old_leftovers(store: CheckpointStore) -> None:
@@ -220,11 +220,11 @@ def test_a_resume_from_an_older_checkpoint_goes_on_from_there(store: CheckpointS
     made = [commit(store, step) for step in (10, 20, 30)]
     store.stage(40)  # of a driver that was killed
     again = CheckpointStore(store.url)
-    older = again.load(made[1].url).checkpoint
+    older = load(made[1].url).checkpoint
     again.rewind(older)
     assert again.list() == tuple(made[:2]) and older == again.latest()
     redone = [commit(again, step) for step in (25, 30, 40)]
-    assert again.list() == (*made[:2], *redone) and step_of(again.load(again.list()[-1])) == 40
+    assert again.list() == (*made[:2], *redone) and step_of(load(again.list()[-1])) == 40
 
 
 def test_the_best_is_kept_wherever_the_run_was_moved_to(local: CheckpointStore) -> None:
@@ -267,11 +267,11 @@ def test_a_thousand_random_bit_flips_are_found(local: CheckpointStore) -> None:
 def test_extra_values_come_back_and_are_sealed(store: CheckpointStore) -> None:
     extra = {"best": {"loss": 0.25, "nan": float("inf")}, "list": [1, None, 'ü,\n "digest": "'], "digest": "no"}
     committed = store.commit(store.stage(7), manifest(7, extra=extra))
-    assert store.load(committed).manifest.extra == extra
+    assert load(committed).manifest.extra == extra
     folder = Folder(committed.url)
     folder.write("manifest.json", folder.read("manifest.json").replace(b"0.25", b"0.24"))
     with pytest.raises(CheckpointError, match="its own digest does not match"):
-        store.load(committed)
+        load(committed)
 
 
 def test_extra_values_that_are_no_json_leave_nothing_behind(store: CheckpointStore) -> None:
@@ -398,7 +398,7 @@ def test_a_commit_that_is_stopped_anywhere_leaves_this_checkpoint_or_the_one_bef
     for stopped in each_stop(store, lambda fresh: commit(fresh, 120), Killed()):
         loaded, refused = stopped.latest_valid()
         assert loaded is not None and refused == () and step_of(loaded) == 100
-        assert step_of(stopped.load(commit(stopped, 120))) == 120
+        assert step_of(load(commit(stopped, 120))) == 120
 
 
 def save(store: CheckpointStore) -> None:
@@ -448,10 +448,10 @@ def test_a_prune_or_rewind_that_is_stopped_anywhere_leaves_whole_checkpoints(sto
         fresh.rewind(fresh.list()[0])
 
     for stopped in each_stop(store, lambda fresh: fresh.prune(1), Killed()):
-        steps = [step_of(stopped.load(checkpoint)) for checkpoint in stopped.list()]
+        steps = [step_of(load(checkpoint)) for checkpoint in stopped.list()]
         assert steps in ([80, 100], [100])
     for stopped in each_stop(store, forget, Killed()):
-        steps = [step_of(stopped.load(checkpoint)) for checkpoint in stopped.list()]
+        steps = [step_of(load(checkpoint)) for checkpoint in stopped.list()]
         assert steps in ([80, 100, 120], [80, 100], [80]), "what is abandoned goes newest first"
 
 
@@ -499,9 +499,9 @@ def test_a_disk_that_is_full_keeps_its_checkpoints_and_takes_more_once_there_is_
     with pytest.raises(CheckpointError, match="No space left on device"):
         store.commit(staging, manifest(120))
     store.discard(staging)
-    assert store.list() == (first,) and step_of(store.load(first)) == 100
+    assert store.list() == (first,) and step_of(load(first)) == 100
     os.remove(small_disk / "filler")
-    assert step_of(store.load(commit(store, 120))) == 120
+    assert step_of(load(commit(store, 120))) == 120
 
 
 def test_a_disk_that_turned_read_only_keeps_its_checkpoints(small_disk: Path) -> None:
@@ -519,7 +519,7 @@ def test_a_disk_that_turned_read_only_keeps_its_checkpoints(small_disk: Path) ->
     ):
         with pytest.raises(CheckpointError, match="Read-only file system"):
             change()
-    assert store.list() == made and [step_of(store.load(checkpoint)) for checkpoint in made] == [100, 110]
+    assert store.list() == made and [step_of(load(checkpoint)) for checkpoint in made] == [100, 110]
 
 
 KILLER = """
@@ -599,6 +599,12 @@ MALICIOUS: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (lambda fields: fields.update(step=119), "step-000000120 is damaged: its manifest is of step 119"),
     (lambda fields: fields.update(position={"epoch": 1}), "cannot be understood"),
     (lambda fields: fields.update(unknown=1), "cannot be understood"),
+    (lambda fields: fields.update(extra=[]), "cannot be understood"),
+    (lambda fields: fields.update(extra={"plan": 3}), "cannot be understood"),
+    (lambda fields: fields.update(extra={"tracked": "run"}), "cannot be understood"),
+    (lambda fields: fields.update(metrics={"loss": "low"}), "cannot be understood"),
+    (lambda fields: fields.update(metrics=[1.0]), "cannot be understood"),
+    (lambda fields: fields.update(versions=1), "cannot be understood"),
     (lambda fields: fields.update(files=[]), "cannot be understood"),
 ]
 
@@ -625,6 +631,8 @@ def test_links_and_foreign_files_are_refused(local: CheckpointStore, tmp_path: P
             load(str(folder))
         (folder / name).unlink()
         outside.rename(folder / name)
+    (folder / ".DS_Store").write_bytes(b"")  # what desktops leave is nobody's
+    assert step_of(load(str(folder))) == 120
     (folder / "extra.pkl").write_bytes(b"")
     with pytest.raises(CheckpointError, match="extra.pkl does not belong to it"):
         load(str(folder))
@@ -689,6 +697,7 @@ def lying_header(shape: list[Any], offsets: list[Any], padding: int = 0) -> byte
         (lying_header([3], [0, 12], 5), "but its tensors end at"),
         (lying_header([3], [0.0, 12.0]), "cannot be understood"),
         (lying_header([3], ["0", "12"]), "cannot be understood"),
+        (lying_header([3], [0, 12, 12]), "cannot be understood"),
         ((2**62).to_bytes(8, "little") + b"\0" * 20, "has a header of 4611686018427387904 bytes"),
         ((4).to_bytes(8, "little") + b"[1] " + b"\0" * 12, "cannot be understood"),
         ((900).to_bytes(8, "little") + b"[" * 900, "cannot be understood"),
@@ -701,7 +710,7 @@ def test_array_headers_are_checked_before_memory_is_taken(local: CheckpointStore
     lie = dataclasses.replace(record, size=len(data), sha256=hashlib.sha256(data).hexdigest())
     committed = local.commit(staging, manifest(1, files=(lie,)))
     with pytest.raises(CheckpointError, match=message):
-        local.load(committed)
+        load(committed)
 
 
 def test_what_a_client_of_an_object_store_raises_is_said_as_a_failure_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -721,7 +730,7 @@ def test_what_a_client_of_an_object_store_raises_is_said_as_a_failure_to_write(m
         with pytest.raises(CheckpointError, match=r"cannot be written: .*HttpError: 503, slow down"):
             staging.write_tensors("model.safetensors", {})
     store.discard(staging)
-    assert [step_of(store.load(checkpoint)) for checkpoint in store.list()] == [100]
+    assert [step_of(load(checkpoint)) for checkpoint in store.list()] == [100]
 
 
 def test_a_bucket_keeps_checkpoints(s3: str) -> None:

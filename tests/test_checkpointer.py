@@ -138,6 +138,26 @@ def test_a_monitored_metric_that_is_none_is_told_once(store: CheckpointStore, ca
     assert [checkpoint.step for checkpoint in store.list()] == [1, 2, 4], "they are made all the same"
 
 
+def test_metrics_of_a_validation_that_is_yet_to_come_are_no_others(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    group: Any = played.Workers()
+    checkpointer = Checkpointer(group, Saving(store, CheckpointConfig(monitor="val_loss"), BLANK, validates=True))
+    for epoch, metrics in enumerate(({"loss": 1.0}, {"loss": 1.0, "val_loss": 2.0}), 1):
+        group.position = Position(epoch, 0)
+        checkpointer.save(epoch, metrics)
+    assert caplog.messages == [] and [read_manifest(each.url).best for each in store.list()] == [None, 2.0]
+
+
+def test_one_that_the_group_broke_on_the_way_to_is_late(store: CheckpointStore) -> None:
+    group: Any = played.Workers()
+    checkpointer = Checkpointer(group, Saving(store, CheckpointConfig(every_steps=10), BLANK))
+    checkpointer.write_first(4)  # goes on from there
+    assert [step for step in range(5, 16) if checkpointer.is_late(step)] == [14, 15]
+    checkpointer.take(14, {})
+    assert not checkpointer.is_late(23) and checkpointer.is_late(24)
+
+
 def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_nothing(
     store: CheckpointStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

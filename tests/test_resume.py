@@ -13,6 +13,7 @@ from typing import Any
 
 import cloudpickle
 import keras
+import models
 import numpy as np
 import played
 import pytest
@@ -24,23 +25,25 @@ from ranks import Ranks
 import dtrain
 from dtrain import fit_state
 from dtrain.callback_checkpoint import CallbackState
-from dtrain.checkpoint import CheckpointStore, Manifest, read_manifest
+from dtrain.checkpoint import CheckpointStore, Manifest, load, read_manifest
 from dtrain.data.source import ArraySource, describe
-from dtrain.errors import CheckpointError, ConfigError, TakenOver, WorkerDied, WorkerError
-from dtrain.fit_run import newest_numbers
+from dtrain.errors import CheckpointError, ConfigError, DataError, TakenOver, WorkerDied, WorkerError
+from dtrain.fit_run import CURVES, newest_numbers
 from dtrain.fit_state import SavedFit, Snapshot, read, write
 from dtrain.lease import LEASE, Lease
 from dtrain.resume import as_begun, check_plan, find, plan_on_record
 from dtrain.runs import RunFolder, find_run, list_checkpoints, list_runs
 from dtrain.types import Batching, BatchPlan, FitPlan, Position
 
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have the tests' folder on their path
+for module in (models, sys.modules[__name__]):  # the workers do not have the tests' folder on their path
+    cloudpickle.register_pickle_by_value(module)
 
 NAMES = [
     "dropout, batch normalization, Adam, a schedule, early stopping",
     "accumulated gradients, averaged weights",
     "a lowered learning rate, data in batches",
 ]
+MORE_NAMES = ["a loss scale, two steps an execution", "two optimizers in a step of its own"]
 
 
 def save_after_each(
@@ -55,12 +58,13 @@ def save_after_each(
         files = tuple(record for _, written in outcomes for record in written[step][1])
         position = outcomes[0][1][step][0]
         manifest = Manifest(step=step, position=position, world_size=world_size, seed=0, files=files)
-        saved[step] = read(store.load(store.commit(staging, manifest)))
+        saved[step] = read(load(store.commit(staging, manifest)))
     return [digest for digest, _ in outcomes], saved
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("world_size", "name"), [*((n, name) for n in (1, 2, 3) for name in NAMES), *((2, name) for name in MORE_NAMES)]
+)
 def test_a_fit_goes_on_bit_for_bit_from_any_step(ranks: Ranks, world_size: int, name: str, tmp_path: Path) -> None:
     outcomes = ranks.run(world_size, resumption.straight, name, "float32")
     expected = [digest for digest, _, _ in outcomes]
@@ -99,7 +103,7 @@ def test_what_all_ranks_accumulated_is_restored_where_no_fit_goes_on(ranks: Rank
     store = CheckpointStore(str(tmp_path))
     newest = store.latest()
     assert newest is not None
-    states = fit_state.state_of(store.load(newest)), ranks.run(2, resumption.whole_state, name, "float32", step)[0]
+    states = fit_state.state_of(load(newest)), ranks.run(2, resumption.whole_state, name, "float32", step)[0]
     found, expected = ({fit_state.place_of(key): value for key, value in state.items()} for state in states)
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[key], expected[key]) for key in expected)
@@ -133,11 +137,13 @@ def make_model() -> Any:
         [
             keras.Input((5,)),
             keras.layers.Dense(8, "relu"),
+            keras.layers.BatchNormalization(),
             keras.layers.Dropout(0.3),
             keras.layers.Dense(3, activation="softmax"),
         ]
     )
-    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.01, 10, 0.9)
+    model.compile(keras.optimizers.Adam(schedule), "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
 
 
@@ -180,6 +186,11 @@ class Signals(KillsItself):
             time.sleep(0.2)  # segments are short here: leave the driver time to hear of it
 
 
+def stopping() -> keras.callbacks.EarlyStopping:
+    """With a state of its own, and weights that it may put in place in the end."""
+    return keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)
+
+
 FIT: dict[str, Any] = {"batch_size": 8, "epochs": 3, "validation_split": 0.2, "verbose": 0}
 STEPS_PER_EPOCH = 10
 
@@ -198,6 +209,12 @@ def journal_of(run_name: str) -> dict[str, list[tuple[int, float]]]:
         for name, values in event["metrics"].items() if event["event"] == "steps" else ():
             series.setdefault(name, []).extend((event["first_step"] + i, value) for i, value in enumerate(values))
     return series
+
+
+def epoch_seconds_of(run_name: str) -> list[float]:
+    lines = Path(f"dtrain_runs/{run_name}/journal.jsonl").read_text().splitlines()
+    events = [event for event in map(json.loads, lines) if event["event"] == "metrics"]
+    return [event["metrics"]["epoch_seconds"] for event in events if "epoch_seconds" in event["metrics"]]
 
 
 @dataclass(frozen=True)
@@ -220,7 +237,7 @@ def place(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def straight(place: Path) -> Straight:
-    hooks = [KillsItself(99, place / "never"), Signals(99, place / "never", 0, signal.SIGINT)]
+    hooks = [KillsItself(99, place / "never"), Signals(99, place / "never", 0, signal.SIGINT), stopping()]
     with new_trainer("straight") as trainer:
         history = trainer.fit(*blobs(100), **FIT, callbacks=hooks)
         found = Straight(history, trainer.get_weights(), optimizer_of(trainer))
@@ -242,9 +259,11 @@ def test_a_run_that_was_killed_and_interrupted_ends_as_if_it_had_not_been(straig
     from mlflow import MlflowClient
 
     x, y = blobs(100)
+    started = time.monotonic()
     hooks = [
         KillsItself(14, place / "killed"),
         Signals(22, place / "interrupted", os.getpid(), signal.SIGINT),
+        stopping(),
     ]
     with new_trainer("disturbed", failure=dtrain.FailureConfig(max_failures=0)) as trainer:
         with pytest.raises(WorkerError, match="rank 0 .* died"):
@@ -257,6 +276,8 @@ def test_a_run_that_was_killed_and_interrupted_ends_as_if_it_had_not_been(straig
         history = trainer.fit(x, y, **FIT, callbacks=hooks, resume="auto")
         assert history.history == straight.history.history and history.epoch == straight.history.epoch
         assert same(trainer.get_weights(), straight.weights) and same(optimizer_of(trainer), straight.optimizer)
+    took = epoch_seconds_of("disturbed")
+    assert len(took) == 3 and 0 < max(took) < time.monotonic() - started
     expected = journal_of("straight")
     assert journal_of("disturbed") == expected and [s for s, _ in expected["loss"]] == list(range(3 * STEPS_PER_EPOCH))
     tracked = MlflowClient("sqlite:///mlflow.db").get_run(history.run_id)
@@ -272,6 +293,7 @@ def test_a_fit_goes_on_by_itself_from_a_checkpoint_where_all_workers_died(straig
     hooks = [
         KillsAll(14, place / "died"),
         Signals(99, place / "never", 0, signal.SIGINT),
+        stopping(),
     ]
     with new_trainer("survived") as trainer:
         history = trainer.fit(*blobs(100), **FIT, callbacks=hooks)
@@ -347,7 +369,7 @@ def test_checkpoints_asked_for_faster_than_they_are_written_hold_up_the_training
         trainer.fit(*blobs(100), **{**FIT, "epochs": 1})
     store = CheckpointStore("dtrain_runs/often/checkpoints")
     assert [checkpoint.step for checkpoint in store.list()] == [*range(STEPS_PER_EPOCH), STEPS_PER_EPOCH]
-    assert all(store.load(checkpoint) for checkpoint in store.list())
+    assert all(load(checkpoint) for checkpoint in store.list())
 
 
 def test_the_order_of_data_in_batches_is_on_record_though_only_their_number_is_known() -> None:
@@ -359,9 +381,61 @@ def test_the_order_of_data_in_batches_is_on_record_though_only_their_number_is_k
     assert check_plan(manifest, record) == []
 
 
+def unseeded() -> Any:
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices(blobs(80)).shuffle(80).batch(8)
+
+
+def test_data_that_come_in_another_order_are_not_gone_on_with(place: Path) -> None:
+    """Rows would be trained twice, and others not at all."""
+    hooks = [Signals(14, place / "unseeded", os.getpid(), signal.SIGINT)]
+    given: dict[str, Any] = {"epochs": 3, "verbose": 0, "callbacks": hooks, "resume": "auto"}
+    with new_trainer("unseeded", num_workers=1, tracking=False) as trainer:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit(unseeded, **given)
+        with pytest.raises(DataError, match=r"other batches before epoch 1, step \d .*seed=1"):
+            trainer.fit(unseeded, **given)
+
+
+def test_what_is_no_state_of_a_generator_is_refused(ranks: Ranks, tmp_path: Path) -> None:
+    """NumPy would read behind its end."""
+    name = NAMES[1]
+    ranks.run(1, resumption.straight, name, "float32")
+    _, saved = save_after_each(ranks, 1, name, "float32", [7], tmp_path)
+    (own,) = saved[7].own
+    far = own["random/numpy"].copy()
+    far[-2] = 100_000
+    for wrong in ({"random/numpy": far}, {"random/numpy": far[:9]}, {"random/python_gauss": np.zeros(2)}):
+        maimed = replace(saved[7], own=({**own, **wrong},))
+        with pytest.raises(AssertionError, match="CheckpointError: .* no generator's state"):
+            ranks.run(1, resumption.resumed, name, "float32", maimed, False)
+
+
+class TakesThePlace(keras.callbacks.Callback):  # type: ignore[misc]
+    """Makes a folder where a file is to be written."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__()
+        self.place = place
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self.place.mkdir()
+
+
+def test_a_picture_that_cannot_be_written_does_not_fail_what_has_trained(place: Path) -> None:
+    curves = place / "dtrain_runs" / "no-room" / CURVES
+    with new_trainer("no-room", num_workers=1, tracking=False) as trainer:
+        history = trainer.fit(*blobs(100), **{**FIT, "epochs": 1}, callbacks=[TakesThePlace(curves)])
+    assert history.epoch == [0] and curves.is_dir()
+    (state,) = [run.state for run in list_runs("dtrain_runs") if run.name == "no-room"]
+    assert state == "finished"
+
+
 def drive() -> None:
     """A driver that is killed the first time."""
-    hooks = [KillsItself(99, Path("never")), Signals(18, Path.cwd() / "dead", os.getpid(), signal.SIGKILL)]
+    dies = Signals(18, Path.cwd() / "dead", os.getpid(), signal.SIGKILL)
+    hooks = [KillsItself(99, Path("never")), dies, stopping()]
     with new_trainer("orphaned", tracking=False) as trainer:
         trainer.fit(*blobs(100), **FIT, callbacks=hooks, resume="auto")
 

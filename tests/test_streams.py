@@ -423,6 +423,9 @@ def test_an_epoch_that_would_be_empty_starts_a_new_pass(ranks: Ranks) -> None:
 class Told:
     """Six batches a pass; each tells its pass and how often the hooks were called before that began."""
 
+    moved = 0
+    """Another number makes it bring others."""
+
     def __init__(self, num_batches: int | None) -> None:
         self.num_batches = num_batches
         self.open()
@@ -439,7 +442,7 @@ class Told:
     def batches(self) -> Any:
         told = (self.passes, self.begun, self.ended, self.whole)
         self.passes += 1
-        return iter([(np.array([[*told, index]]),) for index in range(6)])
+        return iter([(np.array([[*told, index + self.moved]]),) for index in range(6)])
 
     def end_pass(self) -> None:
         self.whole += 1
@@ -477,6 +480,42 @@ def test_a_feed_goes_to_any_position_as_if_it_had_read_all_before_it(
     for epoch, step in straight:
         expected = {place: batch for place, batch in straight.items() if place >= (epoch, step)}
         assert told(feed(), Position(epoch, step), 6) == expected, (epoch, step)
+
+
+@pytest.mark.parametrize("steps", [None, 4, 7])
+def test_a_feed_does_not_go_on_after_other_batches_than_before(steps: int | None) -> None:
+    """As those of an input that shuffles without a seed, and is made anew in another process."""
+
+    def feed(moved: int) -> StreamLoader:
+        source = Told(6)
+        source.moved = moved
+        return StreamLoader(source, 0, 1, list, steps=steps)
+
+    before = feed(0)
+    for place in told(before, Position(0, 0), 3):
+        digest = before.digest_at(Position(*place))
+        assert digest is not None
+        again, other = feed(0), feed(1)
+        for one in (again, other):
+            one.expect(Position(*place), digest)
+        assert told(again, Position(*place), 3)
+        if place > (0, 0):
+            with pytest.raises(DataError, match=r"brought other batches before epoch \d, step \d"):
+                told(other, Position(*place), 3)
+
+
+def test_a_feed_that_is_dealt_anew_does_not_go_on_after_other_batches() -> None:
+    source = Told(6)
+    feed = StreamLoader(source, 0, 1, list)
+    chunks = feed.chunks(0, 0, 4, 2)
+    next(chunks), next(chunks)
+    chunks.close()
+    feed.deal(0, 1)
+    assert [chunk.data[0].tolist()[0][0][-1] for chunk in feed.chunks(0, 3, 2, 1)] == [3, 4]
+    source.moved = 1
+    feed.deal(0, 1)
+    with pytest.raises(DataError, match="brought other batches before epoch 0, step 5"):
+        next(iter(feed.chunks(0, 5, 1, 1)))
 
 
 @pytest.mark.parametrize("length", [6, None])

@@ -13,7 +13,7 @@ called again for a new pass, where Keras would go on with the exhausted generato
 import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -32,6 +32,8 @@ Gather = Callable[[Any], list[Any]]
 
 NUM_SAMPLED = 3
 """So many rows of each mini-batch go into its checksum: the first, one in the middle, the last."""
+NUM_MARKS = 4096
+"""Of so many positions, the newest, it is known what was read until there."""
 
 
 class Input(Protocol):
@@ -163,6 +165,7 @@ class StreamLoader:
         self._is_new = True  # opened, and nothing read
         self._reader: _Reader | None = None
         self._position: Position | None
+        self._expected: Mapping[Position, int] = {}
         self._start()
 
     # --- what a fit asks
@@ -256,9 +259,23 @@ class StreamLoader:
         self._is_new = False
         self._start()
 
+    def digest_at(self, position: Position) -> int | None:
+        """A checksum of all batches before a position, where that was passed a short while ago."""
+        return self._marks.get(position)
+
+    def expect(self, position: Position, digest: int) -> None:
+        """Refuse, when the input is to go on at `position`, batches before it that are not as they were.
+
+        Args:
+            position: of a mini-batch.
+            digest: what `digest_at` gave for it.
+        """
+        self._expected = {position: digest}
+
     def deal(self, rank: int, world_size: int) -> None:
         """What was read ahead is of another split: the input is read again up to where it stands."""
         self.rank, self.world_size = rank, world_size
+        self._expected = self._marks
         self._close_reader()
         self._position = None
 
@@ -284,9 +301,15 @@ class StreamLoader:
         self._has_begun = False  # the epoch has
         self._num_passes = 0
         self._num_read = 0  # batches of this pass
+        self._digest = 0  # of all batches since it was opened
+        self._marks = {self._position: 0}
 
     def _go_to(self, position: Position) -> None:
-        """Make the mini-batch at `position` the next one. Not collective: a rank may stand elsewhere than another."""
+        """Make the mini-batch at `position` the next one. Not collective: a rank may stand elsewhere than another.
+
+        Raises:
+            DataError: there is no such mini-batch, or others than before come before it.
+        """
         if self._position == position:
             return
         self.reopen()
@@ -298,13 +321,19 @@ class StreamLoader:
                 raise error
             if ended and here.step == 0:
                 raise self._empty(here)
-            self._drop(len(batches))
+            self._drop(batches, here)
             self.on_read_again()
             self._position = Position(here.epoch, here.step + len(batches))
             if ended or self._position.step == self.steps_in_epoch(here.epoch):
                 self._end_epoch(ran_out=ended)
         if self._position != position:
             raise DataError(f"{self._name} has no batch for step {position.step} of epoch {position.epoch}")
+        if self._expected.get(position, self._digest) != self._digest:
+            raise DataError(
+                f"{self._name} brought other batches before {_place(position)} than when they were trained on: going on"
+                " there would leave out rows and train others twice. Seed what is random in the function"
+                " (dataset.shuffle(..., seed=1), np.random.default_rng(1)), and sort lists of files"
+            )
 
     def _begin_epoch(self) -> None:
         if self._has_begun:
@@ -343,6 +372,7 @@ class StreamLoader:
         self.source.on_epoch_end()
         assert self._position is not None
         self._position, self._has_begun = Position(self._position.epoch + 1, 0), False
+        self._mark(self._position)
 
     def _close_reader(self) -> None:
         if self._reader is not None:
@@ -363,17 +393,25 @@ class StreamLoader:
             return []
         assert self._reader is not None
         batches = self._reader.peek(agreed)[0]
-        self._drop(agreed)
+        self._drop(batches, position)
         steps = self.steps_in_epoch(position.epoch)  # nothing is read in vain, or while `on_epoch_end` runs
         left = sys.maxsize if steps is None else steps - position.step - agreed
         self._reader.read_ahead(min(2 * count, left))
         return batches
 
-    def _drop(self, count: int) -> None:
-        if count:
+    def _drop(self, batches: Sequence["_Batch"], position: Position) -> None:
+        """Batches that were read, the first of them at `position`, are done with."""
+        for number, batch in enumerate(batches, 1):
             assert self._reader is not None
-            self._reader.drop(count)
-            self._num_read += count
+            self._reader.drop()
+            self._num_read += 1
+            self._digest = zlib.crc32(f"{batch.global_rows} {batch.checksum}".encode(), self._digest)
+            self._mark(Position(position.epoch, position.step + number))
+
+    def _mark(self, position: Position) -> None:
+        self._marks[position] = self._digest
+        if len(self._marks) > NUM_MARKS:
+            del self._marks[next(iter(self._marks))]
 
     def _read(self, count: int) -> tuple[list["_Batch"], bool, Exception | None]:
         """The next batches, `count` at most, whether the input ended after them, and what it raised instead."""
@@ -409,8 +447,7 @@ class StreamLoader:
         rows = len(next(leaves(parts))[1])
         part = shard(rows, self.world_size, self.rank)
         own = map_tree(lambda leaf: np.array(leaf[part.rows]) if self.world_size > 1 else leaf, parts)
-        checksum = checksum_of(parts, rows) if self.world_size > 1 else 0
-        return _Batch(own, rows, part.share, part.whole, checksum)
+        return _Batch(own, rows, part.share, part.whole, checksum_of(parts, rows))
 
     def _stacked(self, step: int, batches: Sequence["_Batch"]) -> Iterator[Chunk]:
         """Chunks of consecutive batches of the same shapes."""
@@ -470,9 +507,9 @@ class _Reader:
             found.append(batch)
         return found, False
 
-    def drop(self, count: int) -> None:
-        for _ in range(count):
-            self._ahead.popleft()
+    def drop(self) -> None:
+        """The next batch is done with."""
+        self._ahead.popleft()
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
