@@ -494,7 +494,12 @@ def _console(stderr: bool = False) -> "Console":
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(_printable(text), file=sys.stderr)
+
+
+def _printable(text: str) -> str:
+    """Without what would move the terminal's cursor: names and metrics may come from a run of somebody else's."""
+    return "".join(each if each.isprintable() or each == "\n" else "\N{REPLACEMENT CHARACTER}" for each in text)
 
 
 def _verbosity(verbose: int | None, as_json: bool = False) -> int | str:
@@ -509,7 +514,7 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+        table.add_row(*(Text("" if cell is None else _printable(str(cell))) for cell in row))
     _console().print(table)
 
 
@@ -605,7 +610,7 @@ def _check_output(path: Path, force: bool) -> None:
     if not path.parent.is_dir():
         raise ConfigError(f"--output={str(path)!r}: there is no folder {path.parent}; make it first")
     if path.is_dir():
-        raise ConfigError(f"--output={str(path)!r} is a folder; it must be a file, such as {path / 'predictions.npz'}")
+        raise ConfigError(f"--output={str(path)!r} is a folder that is there already; give another name")
     if path.exists() and not force:
         raise ConfigError(f"--output={str(path)!r} exists; give another, or --force to overwrite it")
     if not os.access(path.parent, os.W_OK | os.X_OK):

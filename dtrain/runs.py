@@ -245,6 +245,12 @@ def _is_run(folder: Folder) -> bool:
     return bool({INFO, "checkpoints"} & folder.entries().keys())
 
 
+def _numbers(metrics: Any) -> dict[str, float]:
+    """What of it are metrics."""
+    found = metrics.items() if isinstance(metrics, dict) else ()
+    return {name: float(value) for name, value in found if isinstance(value, (int, float))}
+
+
 def _summary(run: RunFolder) -> RunSummary:
     """What run.json says, and what only the newest checkpoint tells; both may be damaged."""
     info: dict[str, Any] = {}
@@ -267,7 +273,7 @@ def _summary(run: RunFolder) -> RunSummary:
         state=str(info.get("state", "unknown")),
         step=manifest.step if manifest is not None and is_behind else step,
         position=position,
-        metrics=(not is_behind and info.get("metrics")) or (manifest.metrics if manifest else {}),
+        metrics=(not is_behind and _numbers(info.get("metrics"))) or (manifest.metrics if manifest else {}),
         checkpoint=newest.url if newest else None,
         mlflow_run_id=info.get("mlflow_run_id"),
     )

@@ -173,6 +173,13 @@ def test_runs_are_listed_as_a_table(place: Place, summary: dict[str, Any]) -> No
     assert row.split()[:3] == ["first", "finished", "8"] and summary["checkpoint"] in row
 
 
+def test_what_others_wrote_does_not_move_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    cli._print_table(["run", "metrics"], [["a\x1b[2J", "loss\x07 1"]])
+    cli._note("checkpoint \x1b]0;b")
+    told = capsys.readouterr()
+    assert "\x1b" not in told.out + told.err and "\x07" not in told.out and "loss" in told.out
+
+
 def test_evaluate_finds_what_the_run_found_last(place: Place, summary: dict[str, Any], address: str) -> None:
     done = place.run("evaluate", "make", *SETTINGS, "--run-name", "first", "--json", ray=address)
     assert done.returncode == 0, done.stderr
@@ -387,7 +394,7 @@ def test_data_that_cannot_be_used_is_one_clear_message(run: Run, data: str, code
         (["runs", "../gone"], "run_name='../gone' has '/'"),
         (["predict", "net:make", "--data", "net:load", "--output", "a.npz"], "neither was given"),
         (["predict", "net:make", "--data", "net:load", "--output", "no/a.npz"], "there is no folder no; make it"),
-        (["predict", "net:make", "--data", "net:load", "--output", "."], "--output='.' is a folder"),
+        (["predict", "net:make", "--data", "net:load", "--output", "."], "--output='.' is a folder that is there"),
         (["predict", "net:make", "--data", "net:load", "--output", "notes.txt"], "--output='notes.txt' exists"),
         (["resume"], "No such command 'resume'"),
     ],

@@ -30,6 +30,7 @@ from dtrain.data.source import ArraySource, describe
 from dtrain.errors import CheckpointError, ConfigError, DataError, TakenOver, WorkerDied, WorkerError
 from dtrain.fit_run import CURVES, newest_numbers
 from dtrain.fit_state import SavedFit, Snapshot, read, write
+from dtrain.interrupts import Terminated
 from dtrain.lease import LEASE, Lease
 from dtrain.resume import as_begun, check_plan, find, plan_on_record
 from dtrain.runs import RunFolder, find_run, list_checkpoints, list_runs
@@ -255,7 +256,9 @@ def same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_run_that_was_killed_and_interrupted_ends_as_if_it_had_not_been(straight: Straight, place: Path) -> None:
+def test_a_run_that_was_killed_and_interrupted_ends_as_if_it_had_not_been(
+    straight: Straight, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from mlflow import MlflowClient
 
     x, y = blobs(100)
@@ -283,7 +286,9 @@ def test_a_run_that_was_killed_and_interrupted_ends_as_if_it_had_not_been(straig
     tracked = MlflowClient("sqlite:///mlflow.db").get_run(history.run_id)
     assert tracked.info.status == "FINISHED" and tracked.data.tags["dtrain.attempts"] == "3"
     with new_trainer("disturbed") as trainer:  # another process, that does not know how it went
-        assert trainer.fit(x, y, **FIT, callbacks=hooks, resume="auto").history == straight.history.history
+        again = trainer.fit(x, y, **{**FIT, "verbose": 2}, callbacks=hooks, resume="auto")
+        assert again.history == straight.history.history
+        assert "run disturbed is done: nothing is left to train" in capsys.readouterr().out
         assert trainer.workers == () and same(trainer.get_weights(), straight.weights)
 
 
@@ -389,10 +394,10 @@ def unseeded() -> Any:
 
 def test_data_that_come_in_another_order_are_not_gone_on_with(place: Path) -> None:
     """Rows would be trained twice, and others not at all."""
-    hooks = [Signals(14, place / "unseeded", os.getpid(), signal.SIGINT)]
+    hooks = [Signals(14, place / "unseeded", os.getpid(), signal.SIGTERM)]
     given: dict[str, Any] = {"epochs": 3, "verbose": 0, "callbacks": hooks, "resume": "auto"}
     with new_trainer("unseeded", num_workers=1, tracking=False) as trainer:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Terminated):
             trainer.fit(unseeded, **given)
         with pytest.raises(DataError, match=r"other batches before epoch 1, step \d .*seed=1"):
             trainer.fit(unseeded, **given)

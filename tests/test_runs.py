@@ -192,3 +192,6 @@ def test_a_damaged_run_is_listed_with_what_can_be_told(tmp_path: Path) -> None:
     (Path(run.url) / module.INFO).write_text(json.dumps({"state": "running", "position": [1, 2]}))
     (summary,) = list_runs(tmp_path)
     assert (summary.state, summary.step, summary.position, summary.checkpoint) == ("running", None, None, str(newest))
+    for metrics, expected in (([1], {}), ({"loss": "abc", "accuracy": 1}, {"accuracy": 1.0})):
+        (Path(run.url) / module.INFO).write_text(json.dumps({"metrics": metrics}))
+        assert list_runs(tmp_path)[0].metrics == expected
