@@ -1,8 +1,10 @@
 """One Ray and one set of plain processes for the whole session: starting them is what costs."""
 
 import os
+import socket
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,9 +74,9 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="session")
+@contextmanager
 def s3() -> Iterator[str]:
-    """A bucket on a server of this session's own."""
+    """A bucket on a server of this process's own."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -89,6 +91,28 @@ def s3() -> Iterator[str]:
         boto3.client("s3").create_bucket(Bucket="bucket")
         yield "s3://bucket"
     server.stop()
+
+
+@contextmanager
+def gs() -> Iterator[str]:
+    """The same of Google's kind; by its JSON API, since the server speaks no gRPC."""
+    import fsspec
+    from gcp_storage_emulator.server import create_server
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch, create_server("127.0.0.1", port, True, "bucket"):
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        patch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+        yield "gs://bucket"
+
+
+@pytest.fixture(scope="session", params=[s3, gs])
+def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of one."""
+    with request.param() as url:
+        yield url
 
 
 @pytest.fixture(params=["local", "file", "memory"])

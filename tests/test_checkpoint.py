@@ -733,8 +733,8 @@ def test_what_a_client_of_an_object_store_raises_is_said_as_a_failure_to_write(m
     assert [step_of(load(checkpoint)) for checkpoint in store.list()] == [100]
 
 
-def test_a_bucket_keeps_checkpoints(s3: str) -> None:
-    store = CheckpointStore(f"{s3}/run 1/checkpoints")
+def test_a_bucket_keeps_checkpoints(bucket: str) -> None:
+    store = CheckpointStore(f"{bucket}/run 1/checkpoints")
     made = [commit(store, step) for step in (10, 20)]
     store.stage(25).write_json("state.json", {})  # of a driver that was killed
     made += [commit(store, step) for step in (30, 40)]

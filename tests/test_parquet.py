@@ -104,10 +104,10 @@ def test_urls_are_read_through_fsspec(file: str) -> None:
     assert dtrain.data.parquet("memory://data/*.parquet", x="row").read(AT)[0].tolist() == AT.tolist()
 
 
-def test_files_in_a_bucket_are_read_as_local_ones(file: str, s3: str) -> None:
-    with fsspec.open(f"{s3}/data/a.parquet", "wb") as target:
+def test_files_in_a_bucket_are_read_as_local_ones(file: str, bucket: str) -> None:
+    with fsspec.open(f"{bucket}/data/a.parquet", "wb") as target:
         target.write(Path(file).read_bytes())
-    source = pickle.loads(pickle.dumps(dtrain.data.parquet(f"{s3}/data", x=["age", "image"], y="row")))
+    source = pickle.loads(pickle.dumps(dtrain.data.parquet(f"{bucket}/data", x=["age", "image"], y="row")))
     (x, y), (same, _) = source.read(AT), dtrain.data.parquet(file, x=["age", "image"], y="row").read(AT)
     assert y.tolist() == AT.tolist() and x.tolist() == same.tolist()
 

@@ -75,10 +75,10 @@ def test_a_rank_reads_at_most_a_fifth_more_bytes_than_its_part(large: Path, worl
     assert sorted(row for rows, _ in read for row in rows) == list(range(3000))
 
 
-def test_records_in_a_bucket_are_read_as_local_ones(tmp_path: Path, s3: str) -> None:
-    with fsspec.open(f"{s3}/records/a.tfrecord", "wb") as target:
+def test_records_in_a_bucket_are_read_as_local_ones(tmp_path: Path, bucket: str) -> None:
+    with fsspec.open(f"{bucket}/records/a.tfrecord", "wb") as target:
         target.write(Path(write(tmp_path / "a.tfrecord", range(9))).read_bytes())
-    source = pickle.loads(pickle.dumps(dtrain.data.tfrecord(f"{s3}/records", FEATURES, x="image", y="row")))
+    source = pickle.loads(pickle.dumps(dtrain.data.tfrecord(f"{bucket}/records", FEATURES, x="image", y="row")))
     assert source.read(np.array([8, 0]))[1].tolist() == [8, 0]
 
 
