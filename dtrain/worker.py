@@ -382,6 +382,12 @@ class Worker:
         ]
         return "\n".join(found)
 
+    def let_go(self, address: str) -> int:
+        """See `dtrain.lost_nodes.let_go`; answers while a method runs, which it may end."""
+        from dtrain.lost_nodes import let_go
+
+        return let_go(address)
+
     def progress(self) -> Progress:
         """How far this rank is, and what it printed since the last call; answers while a method runs."""
         progress = self._replica.progress if self._replica is not None else Progress("starting")

@@ -28,6 +28,7 @@ from dtrain.cluster import NAMESPACE
 from dtrain.errors import ConfigError, WorkerDied
 from dtrain.faults import FaultPlan
 from dtrain.interrupts import Interrupts
+from dtrain.lost_nodes import address_of_lost
 from dtrain.newcomers import Newcomers
 from dtrain.outcomes import NOT_STARTED, error_from, have_answered, outcome_of
 from dtrain.rendezvous import RendezvousServer, Scope, assign
@@ -328,6 +329,7 @@ class WorkerGroup:
         results: dict[int, Any] = {}
         failures: dict[int, Failure] = {}
         pending = dict(zip(calls, ranks, strict=True))
+        let_go: set[int] = set()
         deadline = time.monotonic() + patience
         if blame is None:  # those who live notice when they wait for the others next; the heartbeat says who hangs
             blame = math.inf if survivable else BLAME_SECONDS
@@ -345,6 +347,9 @@ class WorkerGroup:
                 for call, rank in [(call, rank) for call, rank in pending.items() if self._counts_as_dead(rank)]:
                     del pending[call]
                     failures[rank] = Failure(self._ended[rank][0], traceback="", died=True)
+                for rank in [rank for rank, failure in failures.items() if failure.died and rank not in let_go]:
+                    let_go.add(rank)
+                    self._let_go(rank, [*pending.values()])
                 if any(not failure.lost_peer and not (survivable and failure.died) for failure in failures.values()):
                     break  # the culprit is known; the others are stuck waiting for it
                 self._interrupts.check()
@@ -362,6 +367,12 @@ class WorkerGroup:
             raise GroupBroken(sorted(dead), told)
         self.fail(dead)
         raise error
+
+    def _let_go(self, dead: int, waiting: Sequence[int]) -> None:
+        """Have ranks end their connections to the machine of one that died, should it be gone with that."""
+        address = address_of_lost(dead, self.workers, is_silent=dead in self._ended) if self.workers else None
+        for rank in waiting if address is not None else ():
+            self._actors[rank].let_go.options(concurrency_group="watch").remote(address)
 
     def _counts_as_dead(self, rank: int) -> bool:
         return rank in self._ended and time.monotonic() - self._ended[rank][1] > ENDED_SECONDS

@@ -35,6 +35,8 @@ def train(address: str, folder: str, num_workers: Any, wanted: list[int], **fail
     import ray
 
     ray.init(address=address, namespace="dtrain", log_to_driver=False, logging_level="ERROR")
+    while ray.cluster_resources().get("CPU", 0) < wanted[0]:  # until all that are to be there have come
+        time.sleep(0.2)
     here = Path(folder)
     os.chdir(here)
     x, y = blobs(80)

@@ -21,14 +21,14 @@ STOREYS = {
     " state_tree callback_checkpoint interrupts fit_state slim_keras hardware",
     "one rank": "replica rank_fit under_way rank_state batch_hooks undo struck_collective feeds step optimizer losses"
     " metrics batch_norm lookups callbacks",
-    "many": "worker_group rooms spares newcomers outcomes worker telemetry cluster",
+    "many": "worker_group rooms spares newcomers outcomes worker telemetry cluster lost_nodes",
     "decisions": "controller findings checkpointer recoveries heartbeat policy",
     "faces": "trainer weights fit_run resume arguments named cli doctor testing",
 }
 """From the ground up. `dtrain` itself only says where names are, and stands above all."""
 
 OWNERS = {
-    "ray": "cluster worker_group rooms spares newcomers outcomes worker telemetry data.ray_*",
+    "ray": "cluster worker_group rooms spares newcomers outcomes worker telemetry lost_nodes data.ray_*",
     "tensorflow": "driver_tensorflow replica undo struck_collective feeds step optimizer losses metrics batch_norm"
     " lookups collective setup data.tf_*",
     "keras": "model keras_internals replica rank_fit undo rank_state step optimizer losses metrics batch_norm callbacks"
