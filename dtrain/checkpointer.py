@@ -119,14 +119,18 @@ class Checkpointer:
         return every is not None and step - self._asked_for >= every
 
     def save(self, step: int, metrics: Logs, **extra: Any) -> None:
-        """Make a checkpoint of the state as it is now, and wait until it is one."""
+        """Make a checkpoint of the state as it is now, and wait until it is one.
+
+        Raises:
+            GroupBroken: a worker died over it.
+        """
         if self._saving is None:
             return
         self.finish()
         if self.newest is not None and self.newest.step == step and not extra:
             return
         self.take(step, metrics, **extra)
-        self.finish()
+        self.finish(is_last=True)
 
     def take_best(self, step: int, metrics: Logs, **extra: Any) -> None:
         """Make a checkpoint of the state as it is now, where that is the best so far.
@@ -170,13 +174,14 @@ class Checkpointer:
         if self._writing is not None and not self._is_finishing and self._group.have_answered(self._writing.calls):
             self.finish()
 
-    def finish(self) -> None:
+    def finish(self, is_last: bool = False) -> None:
         """Wait for what is being written, and commit it.
 
-        What a worker died over is none: whoever waits for the workers next will see it.
+        What a worker died over is none: whoever waits for the workers next will see it; where it `is_last`, nobody.
 
         Raises:
             WorkerError: a worker raised meanwhile.
+            GroupBroken: one died over what is the last.
         """
         writing, saving = self._writing, self._saving
         if writing is None or saving is None:
@@ -185,6 +190,8 @@ class Checkpointer:
         try:
             written = self._group.wait(writing.calls, self._watch, survivable=True)
         except GroupBroken as error:
+            if is_last:
+                raise
             written = [CheckpointError(str(error))]
         finally:
             self._is_finishing = False

@@ -155,12 +155,8 @@ class Controller:
                 if plan.epochs > record.position.epoch:
                     checkpointer.write_first(first)
                 self._run_epochs(plan, callbacks, steps, record, checkpointer)
-                if self._interrupts.requested:
-                    self._display.status("interrupted: writing a checkpoint")
-                    self._save(checkpointer, record)
-                else:
-                    has_news = record.steps > first or (plan.epochs > plan.initial_epoch and not is_finished)
-                    self._finish(checkpointer, record, has_news)
+                has_news = record.steps > first or (plan.epochs > plan.initial_epoch and not is_finished)
+                self._end(plan, callbacks, record, checkpointer, has_news)
         except GroupBroken as broken:  # where nothing more is trained
             self._group.fail(broken.dead)
             raise broken.error from None
@@ -169,11 +165,32 @@ class Controller:
             self._checkpointer = None
         self._interrupts.check()
 
+    def _end(
+        self, plan: FitPlan, callbacks: bytes, record: FitRecord, checkpointer: Checkpointer, has_news: bool
+    ) -> None:
+        """What is left to do once nothing more is trained; where the group breaks on the way, in another one."""
+        broken: GroupBroken | None = None
+        has_best = not has_news
+        while True:
+            try:
+                if broken is not None:
+                    failure, broken = broken, None
+                    self._go_on(failure, plan, callbacks, record)
+                if self._interrupts.requested:
+                    self._display.status("interrupted: writing a checkpoint")
+                    self._save(checkpointer, record)
+                    return
+                if not has_best:
+                    checkpointer.take_best(record.steps, record.logs, **_stopped(record))
+                    has_best = True
+                self._finish(checkpointer, record, has_news)
+                return
+            except GroupBroken as error:
+                broken = error
+
     def _finish(self, checkpointer: Checkpointer, record: FitRecord, has_news: bool) -> None:
         """End the fit on the workers, which restores the best weights, or takes their averages: that is saved, too."""
-        if has_news:
-            checkpointer.take_best(record.steps, record.logs, **_stopped(record))
-        finished = self._group.call("end_fit", watch=self._watch)
+        finished = self._group.wait(self._group.submit("end_fit"), self._watch, survivable=True)
         self._watch(True)
         record.history, record.callback_states = finished[0]
         if has_news:

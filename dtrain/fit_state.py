@@ -173,6 +173,8 @@ class Handover:
         stop: a callback set `stop_training`.
         leads: callbacks that run on rank 0 alone run there, so their states in `fit` are of this moment.
         draws: how many numbers each random generator has given since the last segment, or since the fit began.
+        is_final: nothing more is trained, and averages have taken the weights' place.
+        has_ended: `on_train_end` was called, too, and agreed on.
     """
 
     fit: SavedFit
@@ -188,6 +190,8 @@ class Handover:
     stop: bool
     leads: bool
     draws: Sequence[int]
+    is_final: bool
+    has_ended: bool
 
 
 @dataclass(frozen=True)

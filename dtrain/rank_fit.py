@@ -91,6 +91,8 @@ class RankFit:
         self._stopped = False
         self._has_begun = False  # the epoch that `_position` is in
         self._has_warned = False
+        self._is_final = False  # averages are in the weights' place
+        self._has_ended = False
         self._is_validation_astray = False
         self._part: UnderWay | None = None
         self._segments = 0
@@ -122,11 +124,14 @@ class RankFit:
         return self._finish(part)
 
     def end(self) -> dict[str, list[float]]:
-        """Averages become the weights, `on_train_end`. Returns Keras's history."""
+        """Averages become the weights, `on_train_end`. Returns Keras's history. May be called again."""
         optimizer = self._model.optimizer
-        if isinstance(optimizer, keras.optimizers.Optimizer) and self._plan.epochs > 0:
+        if not self._is_final and isinstance(optimizer, keras.optimizers.Optimizer) and self._plan.epochs > 0:
             optimizer.finalize_variable_values(self._model.trainable_weights)
-        self._callbacks("on_train_end", logs=self._replica.nested("train", self._epoch_logs))
+        self._is_final = True
+        if not self._has_ended:
+            self._callbacks("on_train_end", logs=self._replica.nested("train", self._epoch_logs))
+        self._has_ended = True
         self.close()
         return self._callbacks.history()
 
@@ -381,6 +386,8 @@ class RankFit:
         stage = 0
         if part is not None and self._has_begun:
             stage = 1 + part.ended + (part.step_logs is not None) + (part.validation is not None)
+        elif part is None:
+            stage = self._is_final + self._has_ended
         steps = part.steps if part is not None else 0
         hooks = 2 * self._callbacks.completed + (self._callbacks.half_done is not None)
         return Standing(self._segments, steps, stage, hooks, self._result, self._can_change_places)
@@ -405,6 +412,8 @@ class RankFit:
             bool(self._model.stop_training),
             self._callbacks.leads,
             draws_between(self._seeds, seeds_of(self._model)) if self._seeds is not None else (),
+            self._is_final,
+            self._has_ended,
         )
 
     def take_over(self, handover: Handover) -> None:
@@ -413,6 +422,7 @@ class RankFit:
         self._replica.knowledge = handover.knowledge
         self._segments, self._result = handover.segments, handover.result
         self._has_begun = handover.has_begun
+        self._is_final, self._has_ended = handover.is_final, handover.has_ended
         part = handover.part
         if isinstance(self._validation, StreamLoader) and part is not None and part.validation is not None:
             self._validation.skip_passes(1)
@@ -425,6 +435,8 @@ class RankFit:
         is_behind = self._callbacks.leads and not handover.leads  # the callbacks' state is lost from there on
         if is_behind and begun_since:
             self._callbacks.make_up_for("on_epoch_begin", self._position.epoch)
+        if is_behind and handover.has_ended:
+            self._callbacks.make_up_for("on_train_end", logs=self._replica.nested("train", self._epoch_logs))
         self._callbacks.take_over(handover.half_done, handover.hooks, is_behind)
 
     def resize(self, handover: Handover, lost: Lost) -> dict[str, Array]:

@@ -105,7 +105,6 @@ class Replica:
         """Of the data of single steps so far, by path, without the rows; None: more than one size."""
         self._fit: RankFit | None = None
         """The fit that is in progress, or the last one."""
-        self._is_fitting = False
 
     def beat(self, doing: str) -> None:
         """Something is finished, and something else begins."""
@@ -258,17 +257,16 @@ class Replica:
         )
         batch_bytes = self._batch_bytes(feed, first), validation_bytes
         self._fit = RankFit(self, plan, feed, validating, ranked, batch_bytes)
-        self._is_fitting = True
         self._fit.begin(saved)
 
     @property
     def fit(self) -> RankFit:
-        """The fit that is in progress.
+        """The fit that is in progress, or was the last.
 
         Raises:
-            ConfigError: none is.
+            ConfigError: there is none.
         """
-        if self._fit is None or not self._is_fitting:
+        if self._fit is None:
             raise ConfigError("no fit is in progress; begin_fit comes first")
         return self._fit
 
@@ -278,13 +276,11 @@ class Replica:
 
     def snapshot(self) -> Snapshot:
         """A copy of all that a checkpoint holds of this rank, between two segments or after a fit. Changes nothing."""
-        assert self._fit is not None
-        return self._fit.snapshot()
+        return self.fit.snapshot()
 
     def end_fit(self) -> dict[str, list[float]]:
-        """Finish: averages become the weights, `on_train_end`. Returns Keras's history."""
+        """Finish: averages become the weights, `on_train_end`. Returns Keras's history. May be called again."""
         history = self.fit.end()
-        self._is_fitting = False
         self.progress = Progress("idle")
         return history
 

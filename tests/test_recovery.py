@@ -76,7 +76,7 @@ class Notes(keras.callbacks.Callback):  # type: ignore[misc]
         self.begun: list[int] = []
         self.ended: list[int] = []
         self.pids: list[int] = []
-        self.traces = 0
+        self.traces = self.train_ends = 0
 
     def get_state(self) -> dict[str, list[int]]:
         return {"begun": self.begun, "ended": self.ended, "pids": self.pids}
@@ -92,6 +92,7 @@ class Notes(keras.callbacks.Callback):  # type: ignore[misc]
         self.pids.append(os.getpid())
 
     def on_train_end(self, logs: Any = None) -> None:
+        self.train_ends += 1
         self.traces = next((layer.times for layer in self.model.layers if hasattr(layer, "times")), 0)
 
 
@@ -212,6 +213,26 @@ def test_workers_may_die_in_any_phase_one_after_the_other(undisturbed: Outcome) 
     assert all(recovery.steps_redone == 0 for recovery in recoveries)
     assert steps_on_record("any-phase") == list(range(EPOCHS * STEPS))
     assert epochs_on_record("any-phase") == [epoch * STEPS + STEPS - 1 for epoch in range(EPOCHS)]
+
+
+def test_workers_may_die_when_nothing_more_is_trained(undisturbed: Outcome) -> None:
+    """Before `on_train_end`, after it while the last checkpoint is written, and once more."""
+    found = train(
+        "at-the-end",
+        kill(rank=1, step=0, phase="shutdown"),
+        kill(rank=0, step=1, phase="shutdown"),
+        kill(rank=1, step=0, phase="checkpoint", life=1),
+        kill(rank=0, step=1, phase="checkpoint", life=1),
+        checkpoint=dtrain.CheckpointConfig(every_epochs=None),
+        failure=dtrain.FailureConfig(max_failures=4),
+    )
+    assert_same_end(found, undisturbed)
+    assert [recovery.rank for recovery in found.history.recoveries] == [1, 0, 1, 0]
+    assert [recovery.steps_redone for recovery in found.history.recoveries] == [0] * 4
+    assert found.notes.train_ends == 1
+    assert steps_on_record("at-the-end") == list(range(EPOCHS * STEPS))
+    manifest = json.loads(Path(str(found.history.checkpoint), "manifest.json").read_text())
+    assert manifest["step"] == EPOCHS * STEPS and manifest["extra"]["finished"] is True
 
 
 def test_who_takes_a_place_may_die_before_it_has_and_while_the_group_forms(undisturbed: Outcome) -> None:
