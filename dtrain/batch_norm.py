@@ -12,8 +12,8 @@ from unittest.mock import patch
 import keras
 import tensorflow as tf
 
-from dtrain.collective import Collective
 from dtrain.keras_internals import backend_nn, layers_of
+from dtrain.optimizer import Reduction
 
 BatchNormalization = keras.layers.BatchNormalization
 
@@ -26,7 +26,7 @@ def synchronize(model: keras.Model) -> None:
 
 
 @contextlib.contextmanager
-def synchronized_moments(collective: Collective) -> Iterator[None]:
+def synchronized_moments(reduction: Reduction) -> Iterator[None]:
     """Inside, synchronized layers, and `keras.ops.moments(..., synchronized=True)`, use the whole mini-batch."""
     plain_moments = BatchNormalization._moments
     calls = 0
@@ -34,7 +34,7 @@ def synchronized_moments(collective: Collective) -> Iterator[None]:
     def over_ranks(x: Any, axes: Any, weight: Any, epsilon: float) -> tuple[Any, Any]:
         nonlocal calls
         calls += 1
-        return _moments(x, axes, weight, epsilon, collective, f"moments{calls}")
+        return _moments(x, axes, weight, epsilon, reduction, f"moments{calls}")
 
     def compute_moments_sync(x: Any, axes: Any, keepdims: bool) -> tuple[Any, Any]:
         mean, variance = over_ranks(x, axes, tf.ones_like(x), 0.0)
@@ -56,7 +56,7 @@ def synchronized_moments(collective: Collective) -> Iterator[None]:
 
 
 def _moments(
-    x: tf.Tensor, axes: Sequence[int], weight: tf.Tensor, epsilon: float, collective: Collective, name: str
+    x: tf.Tensor, axes: Sequence[int], weight: tf.Tensor, epsilon: float, reduction: Reduction, name: str
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and variance over all ranks; the reduced axes keep length 1. Differentiable. Collective.
 
@@ -70,8 +70,10 @@ def _moments(
     mean = tf.math.divide_no_nan(total, count)
     deviations = tf.reduce_sum(tf.square(x - mean) * weight, axes, keepdims=True)
     own = tf.cast(tf.stack([count, total, deviations]), tf.float64)  # few numbers; their sums need not round again
+    collective = reduction.collective
     before, after = collective.rank, collective.world_size - 1 - collective.rank
-    (rows,) = collective.all_reduce([tf.pad(own[None], [[before, after]] + [[0, 0]] * own.shape.rank)], name)
+    padded = tf.pad(own[None], [[before, after]] + [[0, 0]] * own.shape.rank)
+    rows = reduction.across(lambda tensor: collective.all_reduce([tensor], name)[0], padded)
     counts, totals, deviations = tf.unstack(rows, axis=1)
     number = tf.reduce_sum(counts, 0) + epsilon
     mean = tf.math.divide_no_nan(tf.reduce_sum(totals, 0), number)

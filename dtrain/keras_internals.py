@@ -66,11 +66,17 @@ def build_from_batch(model: keras.Model, batch: Any) -> None:
 
 
 def build_from_inputs(model: keras.Model, batch: Any) -> None:
-    """Create the variables of model and optimizer from a batch that may have no targets; None if layers have theirs."""
-    if not all(layer.built for layer in layers_of(model)):
+    """Create the variables of model and optimizer from a batch that may have no targets; None if layers have theirs.
+
+    Those of a model without `call` are its parts' own; where these are yet to see their input, its steps make them.
+    """
+    has_call = type(model).call is not keras.Model.call
+    if has_call and not all(layer.built for layer in layers_of(model)):
         x, _, _ = unpack_x_y_sample_weight(batch)
         compute_output_spec(model, _symbolic(x), training=False)
-    if model.optimizer is not None and not model.optimizer.built:
+    if not has_call:
+        model.built = all(layer.built for layer in layers_of(model) if layer is not model)
+    if model.built and model.optimizer is not None and not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
 
 
@@ -79,7 +85,8 @@ def _symbolic(batch: Any) -> Any:
 
     def of(leaf: Any) -> Any:
         is_text = getattr(leaf.dtype, "kind", "") in "USO"
-        return keras.KerasTensor(leaf.shape, "string" if is_text else keras.backend.standardize_dtype(leaf.dtype))
+        shape = (None, *leaf.shape[1:])  # with a number of rows, Keras may take it for one of columns
+        return keras.KerasTensor(shape, "string" if is_text else keras.backend.standardize_dtype(leaf.dtype))
 
     return keras.tree.map_structure(lambda leaf: None if leaf is None else of(leaf), batch)
 

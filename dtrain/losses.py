@@ -18,7 +18,6 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from dtrain.collective import Collective
 from dtrain.keras_internals import get_keras_mask, loss_module, set_keras_mask
 from dtrain.optimizer import Reduction
 
@@ -45,29 +44,38 @@ def exact_losses(step: Reduction) -> Iterator[None]:
         reduction: str = "sum_over_batch_size",
         dtype: Any = None,
     ) -> Any:
-        nonlocal calls
         if on_whole_batch:
             return plain(values, sample_weight, mask, reduction, dtype)
         values = ops.convert_to_tensor(values, dtype=dtype)
         is_mean = reduction in _MEANS
-        by_weight = reduction == "mean_with_sample_weight" and sample_weight is not None
+        by_weight = reduction == "mean_with_sample_weight" and (sample_weight is not None or mask is not None)
+        if values.shape.rank == 0 and sample_weight is not None and reduction not in (None, "none") and not by_weight:
+            # One number for all rows, times the sum or the mean of the whole mini-batch's weights.
+            weight = plain(ops.ones_like(values), sample_weight, mask, reduction, dtype)
+            return values * summed(weight * tf.cast(step.share, weight.dtype) if is_mean else weight)
         row_shares_suffice = is_mean and mask is None and not by_weight
         if values.shape.rank == 0 or reduction in (None, "none") or row_shares_suffice:
             return plain(values, sample_weight, mask, reduction, dtype)
         total = plain(values, sample_weight, mask, "sum", dtype)
         divisor = tf.ones_like(total)
-        if is_mean:
-            weight = sample_weight if by_weight or sample_weight is None else ops.ones_like(sample_weight)
-            local = tf.stop_gradient(plain(ops.ones_like(values), weight, mask, "sum", dtype))
-            (divisor,) = step.collective.all_reduce([local], f"loss{calls}")
-            calls += 1
+        if by_weight:
+            divisor = summed(loss_module.reduce_values(_weights(values, sample_weight, mask), None, "sum"))
+        elif is_mean:
+            weight = None if sample_weight is None else ops.ones_like(sample_weight)
+            divisor = summed(plain(ops.ones_like(values), weight, mask, "sum", dtype))
         return tf.math.divide_no_nan(total, divisor * tf.cast(step.share, total.dtype))
+
+    def summed(value: Any) -> Any:
+        """Over ranks; no gradient flows back."""
+        nonlocal calls
+        calls += 1
+        return step.collective.all_reduce([tf.stop_gradient(value)], f"loss{calls}")[0]
 
     def call(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         nonlocal calls, on_whole_batch
         if not mixes_rows(self):
             return plain_call(self, y_true, y_pred, sample_weight)
-        gathered = _gather((y_true, y_pred, sample_weight), step.collective, f"rows{calls}")
+        gathered = _gather((y_true, y_pred, sample_weight), step, f"rows{calls}")
         calls += 1
         on_whole_batch = True
         try:
@@ -79,7 +87,7 @@ def exact_losses(step: Reduction) -> Iterator[None]:
         nonlocal calls
         rows = (y_true, y_pred, sample_weight)
         if mixes_rows(self):
-            rows = _gather(rows, step.collective, f"rows{calls}")
+            rows = _gather(rows, step, f"rows{calls}")
             calls += 1
         return plain_update(self, *rows)
 
@@ -113,18 +121,24 @@ def mixes_rows(loss: Any) -> bool:
     return marked or isinstance(loss, _MIX_ROWS) or function in _FUNCTIONS_MIX_ROWS
 
 
-def _gather(tree: Any, collective: Collective, name: str) -> Any:
+def _weights(values: Any, sample_weight: Any, mask: Any) -> Any:
+    """What Keras divides by the sum of: of the shape that they were given in, not of that of the values."""
+    weights = loss_module.apply_mask(sample_weight, mask, values.dtype, "sum")
+    return loss_module.squeeze_or_expand_to_same_rank(values, ops.cast(weights, values.dtype))[1]
+
+
+def _gather(tree: Any, step: Reduction, name: str) -> Any:
     """The rows of all ranks, masks included."""
     count = 0
 
     def gather(leaf: Any) -> Any:
         nonlocal count
         count += 1
-        tensor = ops.convert_to_tensor(leaf)
-        every = collective.all_gather(tensor, f"{name}.{count}")
+        place = f"{name}.{count}"
+        every = step.across(lambda rows: step.collective.all_gather(rows, place), ops.convert_to_tensor(leaf))
         mask = get_keras_mask(leaf)
         if mask is not None:
-            bits = collective.all_gather(tf.cast(mask, tf.uint8), f"{name}.{count}.mask")
+            bits = step.collective.all_gather(tf.cast(mask, tf.uint8), f"{place}.mask")
             set_keras_mask(every, tf.cast(bits, tf.bool))
         return every
 

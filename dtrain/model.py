@@ -130,6 +130,15 @@ def has_own_loss(model: keras.Model) -> bool:
     return not _is_keras_s(model.loss)
 
 
+def targets_with_loss(model: keras.Model) -> set[str] | None:
+    """The paths of targets that a loss is taken of, such as "y['kind']"; None: all, or nobody knows."""
+    loss = model.loss
+    if not isinstance(loss, (Mapping, list, tuple)):
+        return None
+    items = loss.items() if isinstance(loss, Mapping) else enumerate(loss)
+    return {f"y[{key!r}]" for key, each in items if each is not None}
+
+
 def _is_keras_s(loss: Any) -> bool:
     """Whether a loss, or all in a nested structure of them, is Keras's own; None is."""
     if isinstance(loss, (Mapping, list, tuple)):
@@ -154,7 +163,7 @@ def describe(model: keras.Model) -> ModelDescription:
     return ModelDescription(
         name=model.name,
         summary=text.getvalue(),
-        num_parameters=model.count_params(),
+        num_parameters=sum(int(np.prod(v.shape)) for v in model.weights),
         num_trainable=sum(int(np.prod(v.shape)) for v in model.trainable_variables),
         optimizer=type(optimizer).__name__ if optimizer is not None else "None",
         loss=_loss_name(model).strip('"'),

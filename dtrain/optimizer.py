@@ -48,6 +48,7 @@ class Reduction:
         scaled: for each optimizer, whether its `scale_loss` was called.
         is_applying: an optimizer whose gradients were reduced is at work; it may have others inside.
         assigned_early: what was assigned before gradients were reduced.
+        graph: in which the step is traced.
     """
 
     collective: Collective
@@ -62,17 +63,46 @@ class Reduction:
     scaled: list[bool] = field(default_factory=list)
     is_applying: bool = False
     assigned_early: list[Any] = field(default_factory=list)
+    graph: Any = field(default_factory=tf.compat.v1.get_default_graph)
 
     @property
     def has_statistics(self) -> bool:
         """Whether statistics were assigned since they were taken last."""
         return any(v is other for v in self.statistics for other in self.assigned)
 
-    def take_statistics(self) -> list[Any]:
-        """The statistics assigned since the last call."""
-        taken = [v for v in self.statistics if any(v is other for other in self.assigned)]
-        self.statistics = [v for v in self.statistics if all(v is not other for other in taken)]
-        return taken
+    def across(self, operation: Callable[[tf.Tensor], tf.Tensor], tensor: tf.Tensor) -> tf.Tensor:
+        """A collective operation of a forward pass, whose gradient is a sum over ranks.
+
+        It is to be that of losses times the ranks' shares. Where a step of the user's own does not scale its loss,
+        shares are taken of gradients only when they are complete; so they are put in here, and this rank's out again.
+        """
+
+        def backward_times(factor: Callable[[tf.Tensor], tf.Tensor], value: tf.Tensor) -> tf.Tensor:
+            @tf.custom_gradient  # type: ignore[untyped-decorator]
+            def same(value: tf.Tensor) -> Any:
+                def grad(upstream: tf.Tensor) -> tf.Tensor:
+                    is_scaled = self.whole or any(self.scaled)
+                    return upstream if is_scaled else upstream * factor(tf.cast(self.share, upstream.dtype))
+
+                return tf.identity(value), grad
+
+            return same(value)
+
+        if not tensor.dtype.is_floating:
+            return operation(tensor)
+        return backward_times(tf.identity, operation(backward_times(tf.math.reciprocal, tensor)))
+
+    def due_statistics(self) -> list[Any]:
+        """The statistics that were assigned and not made equal since; none in a branch, which may not be taken."""
+        if tf.compat.v1.get_default_graph() is not self.graph:
+            return []
+        return [v for v in self.statistics if any(v is other for other in self.assigned)]
+
+    def make_equal(self, statistics: Sequence[Any], values: Sequence[tf.Tensor]) -> None:
+        """Assign them; a later forward pass may assign them anew."""
+        for variable, value in zip(statistics, values, strict=True):
+            variable.assign(value)
+        self.assigned[:] = [v for v in self.assigned if all(v is not other for other in statistics)]
 
 
 _CURRENT: ContextVar[Reduction | None] = ContextVar("dtrain_reduction", default=None)
@@ -88,6 +118,7 @@ def reduced_gradients(optimizers: Sequence[keras.optimizers.Optimizer], reductio
             for index, optimizer in enumerate(optimizers):
                 stack.enter_context(_patched(optimizer, index, reduction))
             stack.enter_context(_others_refused(reduction))
+            stack.enter_context(_sums_as_means(reduction))
             yield
     finally:
         _CURRENT.reset(token)
@@ -116,6 +147,11 @@ def _patched(optimizer: keras.optimizers.Optimizer, index: int, reduction: Reduc
                     "dtrain.reduce_gradients does not go with gradient_accumulation_steps, which reduces once for each"
                     " update; leave one of them out"
                 )
+            if any(reduction.scaled) and not reduction.scaled[index]:
+                raise ConfigError(
+                    f"dtrain.reduce_gradients: optimizer {optimizer.name!r} has not called scale_loss, and another one"
+                    " has; call it for all of them, or for none"
+                )
         else:
             # A custom train_step may never call scale_loss; the gradients then carry no share yet.
             shared = grads if reduction.scaled[index] else [_times(grad, reduction.share) for grad in grads]
@@ -127,6 +163,27 @@ def _patched(optimizer: keras.optimizers.Optimizer, index: int, reduction: Reduc
             return plain_apply(grads, trainable_variables)
 
     with patch.object(optimizer, "scale_loss", scale_loss), patch.object(optimizer, "apply", apply):
+        yield
+
+
+@contextlib.contextmanager
+def _sums_as_means(reduction: Reduction) -> Iterator[None]:
+    """Inside, the gradient of a loss of each row, which is a sum over rows, is one that a share may be taken of.
+
+    Where the loss was scaled it is known of which kind it is; a step of the user's own may not do that.
+    """
+    plain = tf.GradientTape.gradient
+
+    def gradient(self: Any, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
+        found = plain(self, target, sources, *args, **kwargs)
+        has_rows = any(part.shape.rank for part in tf.nest.flatten(target) if isinstance(part, tf.Tensor))
+        of_weights = any(isinstance(source, (keras.Variable, tf.Variable)) for source in tf.nest.flatten(sources))
+        if not has_rows or not of_weights or reduction.whole or any(reduction.scaled):
+            return found
+        times = [_times(grad, 1 / reduction.share) for grad in tf.nest.flatten(found)]
+        return tf.nest.pack_sequence_as(found, times)
+
+    with patch.object(tf.GradientTape, "gradient", gradient):
         yield
 
 
@@ -161,9 +218,6 @@ def reduce_gradients(grads: Sequence[Any]) -> list[Any]:
     Returns:
         The gradients of the whole mini-batch's loss, the same on all workers.
 
-    Raises:
-        ConfigError: of several optimizers only some have scaled their loss, so it is unknown whose these are.
-
     Example:
         >>> gradients = dtrain.reduce_gradients(tape.gradient(loss, self.trainable_variables))
         >>> gradients, norm = tf.clip_by_global_norm(gradients, 1.0)
@@ -172,11 +226,6 @@ def reduce_gradients(grads: Sequence[Any]) -> list[Any]:
     reduction = _CURRENT.get()
     if reduction is None:
         return list(grads)
-    if len(set(reduction.scaled)) > 1:
-        raise ConfigError(
-            "dtrain.reduce_gradients: only some of the model's optimizers have called scale_loss; call it for all of"
-            " them, or for none"
-        )
     shared = list(grads) if any(reduction.scaled) else [_times(grad, reduction.share) for grad in grads]
     reduction.reduced += 1
     reduced = reduce(shared, f"gradients.{reduction.reduced}", reduction)
@@ -215,7 +264,7 @@ def reduce(grads: Sequence[Any], name: str, reduction: Reduction) -> list[Any]:
     ]
     if reduction.sparse_as_dense:
         grads = [tf.convert_to_tensor(grad) if isinstance(grad, tf.IndexedSlices) else grad for grad in grads]
-    statistics = reduction.take_statistics()
+    statistics = reduction.due_statistics()
     riders = [_times(tf.convert_to_tensor(variable.value), reduction.share) for variable in statistics]
     dense = [index for index, grad in enumerate(grads) if isinstance(grad, tf.Tensor)]
     sent = [grads[index] for index in dense] + riders
@@ -226,8 +275,7 @@ def reduce(grads: Sequence[Any], name: str, reduction: Reduction) -> list[Any]:
     for index, grad in enumerate(grads):
         if isinstance(grad, tf.IndexedSlices):
             result[index] = _gather(grad, f"{name}.sparse{index}", reduction)
-    for variable, tensor in zip(statistics, received[len(dense) :], strict=True):
-        variable.assign(tensor)
+    reduction.make_equal(statistics, received[len(dense) :])
     return result
 
 

@@ -40,6 +40,7 @@ from dtrain.model import (
     read_state,
     refuse_what_cannot_be_split,
     spread_seeds,
+    targets_with_loss,
     write_state,
 )
 from dtrain.optimizer import collect_accumulated, drop_accumulated, sums_locally
@@ -92,6 +93,7 @@ class Replica:
         self.progress = Progress("idle")
         self.strikes = strikes or Strikes()
         self._beats, self._doing = 0, "the beginning"
+        self._built: set[Kind] = set()  # all that these steps need
         self._called: set[Kind] = set()
         self._is_first_call = True
         self._sync_batch_norm = sync_batch_norm
@@ -122,12 +124,12 @@ class Replica:
 
     # --- state
 
-    def build(self, batch: Tree, with_loss: bool = True) -> bool:
+    def build(self, batch: Tree, purpose: Purpose = "train") -> bool:
         """Create all variables from a batch, check that the ranks made the same model, take over rank 0's state.
 
         Args:
             batch: (x,), (x, y) or (x, y, sample_weight) of any number of rows.
-            with_loss: False: to predict, which needs no targets.
+            purpose: what it is for; to predict needs no targets.
 
         Returns:
             Whether there was anything left to build.
@@ -135,10 +137,9 @@ class Replica:
         Raises:
             ConfigError: the factory made different models on different ranks.
         """
-        lacks_loss = with_loss and not self._steps
-        if self._has_variables and not lacks_loss:
-            return False
-        if not self._has_variables:
+        kind: Kind = "train" if purpose == "train" else "test"
+        is_new = not self._has_variables
+        if is_new:
             build_variables(self.model, keras_batch(batch))
             if not self.collective.is_alone:
                 refuse_what_cannot_be_split(self.model)
@@ -152,15 +153,24 @@ class Replica:
             self._check_same_model()
             self._take_over()
             self._has_variables = True
-        if lacks_loss:
-            build(self.model, keras_batch(batch))
+        if purpose == "predict" or kind in self._built:
+            return is_new
+        if not self._steps:
+            is_new = True
             self.metrics = MetricState(self.model)
             self._steps = self._new_steps()
-            probed = [steps.probe(batch) for steps in self._steps.values()]
-            if any(probed):
+        num_metrics = len(self.metrics.variables)
+        if self._steps[kind].is_custom:
+            if self._steps[kind].probe(batch):
                 self._waiting = write_state(self.model, self._waiting)
                 self._take_over()  # what only the model's own step has built
-        return True
+        else:
+            build(self.model, keras_batch(batch))
+            self.metrics.take_up()
+        self._built.add(kind)
+        if self._called and len(self.metrics.variables) > num_metrics:
+            self._trace_anew()
+        return is_new
 
     def _new_steps(self) -> dict[Kind, Steps]:
         kinds: tuple[Kind, ...] = ("train", "test")
@@ -168,7 +178,10 @@ class Replica:
         return {kind: Steps(self.model, self.collective, self.metrics, kind, *options) for kind in kinds}
 
     def resize(self) -> None:
-        """The group has another size, or this rank another number: the steps are to be traced anew."""
+        """The group has another size, or this rank another number."""
+        self._trace_anew()
+
+    def _trace_anew(self) -> None:
         before, self._steps = self._steps, self._new_steps()
         for kind, steps in self._steps.items():
             steps.knowledge = before[kind].knowledge
@@ -243,9 +256,13 @@ class Replica:
             assert plan.validation is not None
             validating = self.open(validation, plan.validation, "validation")
         first = feed.first()
-        self.build(first)
+        self.build(first, "train")
         self._check_first_rows(feed, first)
-        validation_bytes = self._batch_bytes(validating, validating.first()) if validating is not None else 0
+        validation_bytes = 0
+        if validating is not None:
+            held_out = validating.first()
+            self.build(held_out, "validation")
+            validation_bytes = self._batch_bytes(validating, held_out)
         ranked = RankCallbacks(
             callbacks,
             self.model,
@@ -297,8 +314,10 @@ class Replica:
             rows = np.arange(feed.batch_rows, dtype=np.int64)[shard(feed.batch_rows, world_size, rank).rows]
             batch = first
         classes, ignored = label_rules(self.model)
-        is_own = has_own_loss(self.model)
-        check_batch(batch, rows, num_classes=classes, ignore_class=ignored, has_own_loss=is_own)
+        is_own, with_loss = has_own_loss(self.model), targets_with_loss(self.model)
+        if with_loss is not None and not any(path.startswith(tuple(with_loss)) for path, _ in leaves(batch)):
+            with_loss = None  # losses go by names, say, and the targets are a list
+        check_batch(batch, rows, num_classes=classes, ignore_class=ignored, has_own_loss=is_own, with_loss=with_loss)
 
     def _batch_bytes(self, feed: OpenFeed, first: Tree) -> int:
         """About how many bytes this rank's rows of a mini-batch take, given what `feed.first` returned."""
@@ -317,7 +336,7 @@ class Replica:
         """The metrics of the whole data set, the same on all ranks. Collective."""
         feed = self.open(data, plan, "evaluate")
         first = feed.first()
-        self.build(first)
+        self.build(first, "evaluate")
         ranked = RankCallbacks(
             callbacks, self.model, self.collective, verbose=verbose, epochs=1, steps=feed.steps_per_epoch
         )
@@ -382,7 +401,7 @@ class Replica:
 
     def on_batch(self, kind: Kind, batch: ArraySource) -> Logs:
         """One step on the rows of `batch`, the whole mini-batch on every rank; metrics of it alone. Collective."""
-        self.build(batch.read(np.zeros(1, np.int64)))
+        self.build(batch.read(np.zeros(1, np.int64)), "train" if kind == "train" else "evaluate")
         self.model.reset_metrics()
         part = shard(len(batch), self.collective.world_size, self.collective.rank)
         rows = batch.read(np.arange(len(batch), dtype=np.int64)[part.rows])

@@ -75,9 +75,10 @@ class Steps:
             self._undo.covers_all = skips
         self._has_warned = False
         self._unsaved: list[tuple[tf.Variable, Array]] = []
-        self._is_custom = any(
+        self.is_custom = any(
             getattr(type(model), name) is not getattr(keras.Model, name) for name in (f"{kind}_step", "compute_metrics")
         )
+        """The model has a step of its own, which alone knows what it returns and builds."""
         self.returned: dict[str, Source | None] | None = None
         """What a custom step returns, in order: which metrics' results, and (None) numbers of its own.
 
@@ -228,7 +229,7 @@ class Steps:
 
     def _record(self, step: Any, returned: dict[str, Any], share: tf.Tensor) -> None:
         assert self._records is not None
-        own = [tf.cast(returned[key], tf.float64) * share for key in self.own_logs]
+        own = [tf.reshape(tf.cast(returned[key], tf.float64), []) * share for key in self.own_logs]
         self._records.write(step if self._metrics.records_steps else 0, self._metrics.read(), step, own)
 
     def _warn_of_unsaved_random_numbers(self) -> None:
@@ -275,7 +276,7 @@ class Steps:
                 self._undo.prepare()
                 self._undo.begin_step(step)
             data = keras_batch(_packed(structure, [tensor[step] for tensor in flat]))
-            is_known = self.returned is not None or not self._is_custom
+            is_known = self.returned is not None or not self.is_custom
             take = self._one_step if is_known else self._first_step
             returned = flat_logs(take(data, share, whole))
             if not is_known or self._records is None:
@@ -316,7 +317,7 @@ class Steps:
             stack.enter_context(shared_means(share))
             if not whole:
                 stack.enter_context(exact_losses(reduction))
-                stack.enter_context(synchronized_moments(self._collective))
+                stack.enter_context(synchronized_moments(reduction))
             yield
             if self._kind == "train":
                 if not reduction.reduced and self._model.trainable_variables:
@@ -351,7 +352,7 @@ class Steps:
         Returns:
             Whether there was anything to find out.
         """
-        if not self._is_custom or self._model.run_eagerly:
+        if self._model.run_eagerly:
             return False
 
         def trace(*tensors: tf.Tensor) -> None:
@@ -373,6 +374,13 @@ class Steps:
             for name, value in flat_logs(logs).items()
         }
         self._places = places_in(logs)
+        for name in self.own_logs:
+            shape = tf.convert_to_tensor(flat_logs(logs)[name]).shape
+            if shape.rank is not None and shape.num_elements() != 1:
+                raise ConfigError(
+                    f"{type(self._model).__name__}.{self._kind}_step returned {name!r} of shape {shape}; of what"
+                    " is no metric's result only single numbers can be put on record: return its mean, say"
+                )
         return logs
 
 

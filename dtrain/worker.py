@@ -203,7 +203,7 @@ class Worker:
             self._feeds.pop(purpose).close()
         feed = self._feeds[purpose] = self._replica.open(data, plan, purpose, first_epoch)
         first = feed.first()
-        is_new = purpose != "validation" and self._replica.build(first, with_loss=purpose != "predict")
+        is_new = self._replica.build(first, purpose)
         return feed.opened(first, describe(self._replica.model) if is_new else None) if self._rank == 0 else None
 
     @_reported

@@ -89,7 +89,7 @@ def test_a_worker_whose_node_dies_is_replaced_on_another_node(nodes: Nodes, two_
     first, second = two_workers.wait_for_another(1, before)
     assert first == before[0] and second[0] not in {node for node, _ in before}
     found = two_workers.end()
-    assert found["steps"] == list(range(10 * found["epochs"])) and found["redone"] == [0]
+    assert found["steps"] == list(range(10 * found["epochs"])) and set(found["redone"]) == {0}
     assert found["off"] < 1e-10
 
 
@@ -102,7 +102,7 @@ def test_a_process_that_hangs_on_another_node_is_ended_there(two_workers: Driver
     assert second[0] == node and not psutil.pid_exists(pid)
     found = two_workers.end()
     assert "has not answered" in found["causes"][0]
-    assert found["redone"] == [0] and found["off"] < 1e-10
+    assert set(found["redone"]) == {0} and found["off"] < 1e-10
 
 
 @pytest.mark.timeout(600)
@@ -119,5 +119,5 @@ def test_a_group_follows_its_cluster_up_and_down_and_up(nodes: Nodes, tmp_path: 
         found = driver.end()
     finally:
         driver.close()
-    assert found["steps"] == list(range(10 * found["epochs"])) and found["redone"] == [0]
+    assert found["steps"] == list(range(10 * found["epochs"])) and set(found["redone"]) == {0}
     assert found["off"] < 1e-10

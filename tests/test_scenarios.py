@@ -739,7 +739,8 @@ def test_a_model_does_all_verbs(workers: dtrain.Trainer, done: dict[str, Any], n
     assert not isinstance(done[name], str), f"Keras itself refuses: {done[name]}"
     found = all_verbs(use(workers, fresh(model.make)), model)
     exact = workers.num_workers == 1 and model.exact
-    assert differences(found, done[name], 0.0 if exact else model.tolerance) == []
+    different = differences(found, done[name], 0.0 if exact else model.tolerance)
+    assert not different, "\n".join(different)
 
 
 def test_a_model_that_is_not_compiled_is_refused(workers: dtrain.Trainer) -> None:

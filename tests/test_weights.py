@@ -15,6 +15,7 @@ from dtrain import checkpoint as checkpoints
 from dtrain import cluster
 from dtrain.collective import LocalCollective
 from dtrain.data.source import ArraySource
+from dtrain.model import describe
 from dtrain.replica import Replica
 from dtrain.types import BatchPlan, FitPlan, Position, Segment
 from dtrain.weights import Weights
@@ -65,9 +66,9 @@ class Group:
         self.description: Any = None
         self.closed, self.rescued = False, None
 
-    def build(self, with_loss: bool = True) -> "Group":
-        self.replica.build((X[:1], Y[:1]), with_loss)
-        self.description = SimpleNamespace()
+    def build(self, purpose: Any = "train") -> "Group":
+        self.replica.build((X[:1], Y[:1]), purpose)
+        self.description = SimpleNamespace(structure=describe(self.replica.model).structure)
         return self
 
     def call(self, method: str, *args: Any) -> list[Any]:
@@ -77,7 +78,7 @@ class Group:
         self.replica.begin_fit(FitPlan(BatchPlan(16, 8), 1), ArraySource(X, Y))
         self.replica.run(Segment(Position(0, 0), 2))
         self.replica.end_fit()
-        self.description = SimpleNamespace()
+        self.description = SimpleNamespace(structure=describe(self.replica.model).structure)
         return self
 
     def state(self) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def test_it_outlives_workers_that_only_predict_and_weights_that_are_set(weights:
     model.set_weights([value + 1 for value in model.get_weights()])
     weights.take_model(model, first)
     weights.keep(first)
-    second = Group(8).build(with_loss=False)
+    second = Group(8).build("predict")
     weights.deliver(second)
     weights.keep(second)
     third = Group(9).build()
@@ -137,7 +138,12 @@ def test_it_outlives_workers_that_only_predict_and_weights_that_are_set(weights:
 def test_it_is_restored_from_a_checkpoint(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Group().train()
     tensors = {checkpoints.MODEL_FILE: first.replica.read_state(), "rank-0000.safetensors": {}}
-    loaded = SimpleNamespace(tensors=tensors, manifest=SimpleNamespace(world_size=1))
+    digests = "another", describe(first.replica.model).structure
+    loaded = SimpleNamespace(
+        tensors=tensors,
+        manifest=SimpleNamespace(world_size=1, model_digest=digests[0]),
+        checkpoint=SimpleNamespace(url="there"),
+    )
     monkeypatch.setattr("dtrain.weights.load", lambda url: loaded)
     weights.take_checkpoint("somewhere", None)
     weights.local_model(None)

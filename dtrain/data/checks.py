@@ -1,7 +1,7 @@
 """Owns what can be wrong with the values of a mini-batch. To be asked before the first step; it changes nothing."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ def check_batch(
     num_classes: Classes = None,
     ignore_class: Classes = None,
     has_own_loss: bool = False,
+    with_loss: Collection[str] | None = None,
 ) -> None:
     """Refuse a batch that cannot be trained on, by the place of its first wrong value.
 
@@ -37,6 +38,7 @@ def check_batch(
             has; for several outputs by path, such as {"y['kind']": 10}.
         ignore_class: the label besides that the loss passes over; likewise.
         has_own_loss: whether code that is not Keras's takes the loss of y.
+        with_loss: the targets that a loss is taken of, by path; None: all.
 
     Raises:
         DataError: naming the place, the row in the data set, the column, the rule and the fix.
@@ -44,7 +46,8 @@ def check_batch(
     for path, leaf in leaves(batch):
         part = path.split("[")[0]
         check_dtype(path, leaf)
-        _check_finite(path, leaf, rows, may_be_masked=part == "x" or (part == "y" and has_own_loss))
+        is_used = with_loss is None or any(path.startswith(each) for each in with_loss)
+        _check_finite(path, leaf, rows, may_be_masked=part == "x" or (part == "y" and (has_own_loss or not is_used)))
         classes = _of(path, num_classes)
         if part == "y" and classes is not None:
             _check_labels(path, leaf, rows, classes, _of(path, ignore_class))

@@ -420,11 +420,12 @@ def _for_each_output(y: Tree, sample_weight: Tree) -> Tree:
     if not is_nested:
         return sample_weight
     if isinstance(sample_weight, (Mapping, tuple)):
-        paths = [[path for path, _ in _walk("", tree)] for tree in (y, sample_weight)]
-        if paths[0] != paths[1]:
+        targets, weights = ([path for path, _ in _walk("", tree)] for tree in (y, sample_weight))
+        places = [path for path, _ in _walk("", _with_none_as(False, sample_weight))]  # None: each row counts once
+        if not set(weights) <= set(targets) <= set(places):
             raise DataError(
-                "You should provide one `sample_weight` array per output in `y`. The two structures did not match: "
-                f"y has {paths[0]}, sample_weight has {paths[1]}"
+                "You should provide one `sample_weight` array per output in `y`, or None. The two structures did not"
+                f" match: y has {targets}, sample_weight has {places}"
             )
         return sample_weight
     if sample_weight.ndim > 2 or sample_weight.shape[1:] not in ((), (1,)):
@@ -433,6 +434,14 @@ def _for_each_output(y: Tree, sample_weight: Tree) -> Tree:
             "have one weight per row, that is shape (rows,); for more, give one array per output"
         )
     return map_tree(lambda _: sample_weight, y)
+
+
+def _with_none_as(value: Any, tree: Tree) -> Tree:
+    if isinstance(tree, Mapping):
+        return {key: _with_none_as(value, part) for key, part in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return tuple(_with_none_as(value, part) for part in tree)
+    return value if tree is None else tree
 
 
 def _weights_by_class(y: Tree, sample_weight: Tree, class_weight: Mapping[int, float]) -> npt.NDArray[np.float64]:

@@ -121,10 +121,13 @@ OPTIMIZERS = (
     "optimizer_ScheduleFreeAdamW",
 )
 
-MIXING_ROWS = ("loss_dice", "loss_tversky", "loss_circle", "loss_whole_batch")
+MIXING_ROWS = ("loss_dice", "loss_tversky", "loss_circle", "loss_whole_batch", "loss_mixed_in_custom_step")
 
-SUMS = ("loss_none",)
+SUMS = ("loss_none", "loss_of_rows")
 """Losses whose gradient is a sum over rows: no share is taken of them, so a wrong one changes nothing."""
+
+SPARSE = ("sparse_SGD", "sparse_RMSprop", "sparse_Adagrad", "sparse_Ftrl")
+"""Gathered gradients with optimizers that treat them in ways of their own, clipped by value and by norm."""
 
 MORE_FEATURES = (
     *OPTIMIZERS,
@@ -138,6 +141,10 @@ MORE_FEATURES = (
     "accumulation_sparse",
     "accumulation_loss_scaling",
     "adversaries",
+    "loss_of_rows",
+    "loss_weighted_by_token",
+    "loss_scalar_weighted",
+    *SPARSE,
     "clips_itself",
     "returns_some",
     "own_loss",
@@ -161,7 +168,7 @@ IN_THREE = (
     *("normalized_synchronized", "normalized_sync_batch_norm", "normalized_masked"),
     *("sparse_gradients", "sparse_gradients_clipped", "accumulation", "accumulation_sparse", "masked_outputs"),
     *("loss_none", "loss_mean_with_sample_weight", "several_outputs", "custom_step_tensors", "adversaries"),
-    *("metrics_binary", "cnn", "skipped_steps", "short_epochs"),
+    *("metrics_binary", "cnn", "skipped_steps", "short_epochs", "loss_of_rows", "loss_weighted_by_token"),
 )
 """Compared at N=3 rather than 2: what gathers, or sums in an order of its own."""
 

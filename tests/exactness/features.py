@@ -532,7 +532,8 @@ class Adversaries(keras.Model):
 
     def __init__(self) -> None:
         super().__init__()
-        self.generator = keras.Sequential([keras.Input((5,)), layers.Dense(4, activation="tanh"), layers.Dense(2)])
+        normalized = [layers.Dense(4), layers.BatchNormalization(synchronized=True), layers.Activation("tanh")]
+        self.generator = keras.Sequential([keras.Input((5,)), *normalized, layers.Dense(2)])
         self.critic = keras.Sequential([keras.Input((2,)), layers.Dense(4, activation="tanh"), layers.Dense(1)])
         self.generator_tracker = keras.metrics.Mean(name="generator_loss")
         self.critic_tracker = keras.metrics.Mean(name="critic_loss")
@@ -580,6 +581,22 @@ def adversaries() -> keras.Model:
     model = Adversaries()
     model.compile(adam_optimizer(), keras.optimizers.SGD(0.1, momentum=0.9))
     return model
+
+
+class LossOfRows(CustomStep):
+    """A loss of each row, whose gradient TensorFlow takes the sum of; a penalty is the gradient of one by numbers."""
+
+    def train_step(self, data: Any) -> Any:
+        x, y = data
+        with tf.GradientTape() as tape:
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                predicted = self(x, training=True)
+            slope = tf.reduce_sum(tf.square(inner.gradient(predicted, x)), axis=1)
+            error = tf.reduce_mean(tf.square(predicted - tf.one_hot(y, 3, dtype=predicted.dtype)), axis=1)
+            loss = 0.01 * (error + 0.1 * slope)
+        self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return {"mean": tf.reduce_mean(loss)}
 
 
 class ClipsItself(CustomStep):
@@ -839,6 +856,42 @@ def _scheduled() -> keras.Model:
     return mlp(keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True))
 
 
+def weighted_tokens() -> keras.Model:
+    """A loss for each of 6 tokens, and one weight for each row of them."""
+    x = keras.Input((6,), dtype="int32")
+    model = keras.Model(x, layers.Dense(3, activation="softmax")(layers.Embedding(9, 4)(x)))
+    loss = keras.losses.SparseCategoricalCrossentropy(reduction="mean_with_sample_weight")
+    model.compile(adam_optimizer(), loss)
+    return model
+
+
+def tokens_with_weights(random: np.random.Generator, rows: int) -> Data:
+    x, y, _ = tokens(random, rows)
+    return x, y, random.uniform(0.1, 3.0, size=(rows, 1))
+
+
+def mixing_custom_step() -> keras.Model:
+    """A loss of the whole mini-batch in a step that knows nothing of scale_loss."""
+
+    @whole_batch
+    def relative_error(y: Any, predicted: Any) -> Any:
+        return keras.ops.sum(abs(keras.ops.one_hot(y, 3) - predicted)) / (1 + keras.ops.sum(abs(predicted)))
+
+    model = CustomStep()
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), relative_error, metrics=["accuracy"])
+    return model
+
+
+def scalar_loss() -> keras.Model:
+    """One number for all rows, which Keras multiplies with the mean of their weights."""
+    return mlp(
+        keras.optimizers.SGD(0.05),
+        loss=lambda y, predicted: keras.ops.mean(keras.ops.square(y - predicted)),
+        outputs=2,
+        activation=None,
+    )
+
+
 def _loss(reduction: str) -> Callable[[], keras.Model]:
     return lambda: mlp(
         keras.optimizers.SGD(0.01, momentum=0.9),
@@ -923,6 +976,19 @@ FEATURES: dict[str, Feature] = {
     "loss_circle": Feature(circle, unit_vectors),
     "loss_whole_batch": Feature(mixing_rows(lambda: relative_error, "tanh"), overlaps),
     "adversaries": Feature(adversaries, numbers),
+    "loss_mixed_in_custom_step": Feature(mixing_custom_step, classes),
+    "loss_of_rows": Feature(partial(custom, LossOfRows), classes),
+    "loss_weighted_by_token": Feature(weighted_tokens, tokens_with_weights),
+    "loss_scalar_weighted": Feature(scalar_loss, weighted_numbers),
+    **{
+        f"sparse_{name}": Feature(lambda make=make: sparse_gradients(make()), words)  # type: ignore[misc]
+        for name, make in {
+            "SGD": partial(keras.optimizers.SGD, 0.1, momentum=0.9, clipvalue=0.01),
+            "RMSprop": partial(keras.optimizers.RMSprop, 0.01, epsilon=1e-3, clipnorm=0.05),
+            "Adagrad": partial(keras.optimizers.Adagrad, 0.1),
+            "Ftrl": partial(keras.optimizers.Ftrl, 0.1),
+        }.items()
+    },
     "clips_itself": Feature(partial(custom, ClipsItself), classes),
     "returns_some": Feature(partial(custom, ReturnsSome, metrics=["accuracy"]), classes),
     "own_loss": Feature(partial(custom, OwnLoss, metrics=["accuracy"]), classes),
