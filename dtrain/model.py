@@ -416,4 +416,9 @@ def _exceptions(model: keras.Model) -> tuple[str, ...]:
     random = [x.name for x in layers if getattr(x, "_seed_generators", None)]
     if random:
         found.append(f"random layers draw different numbers on each worker ({', '.join(random[:3])})")
+    if has_own_loss(model) and not getattr(model.loss, "dtrain_whole_batch", False):
+        found.append(
+            "a loss of your own is exact where it is a mean over rows, which dtrain.testing.check_shardable tells;"
+            " dtrain.whole_batch makes one exact that mixes rows"
+        )
     return tuple(found)

@@ -77,6 +77,14 @@ def test_what_a_loss_of_the_user_s_may_mask_in_y_is_a_warning(caplog: pytest.Log
         check_batch((X, OK, np.array([1, 1, NAN])), ROWS, has_own_loss=True)
 
 
+def test_what_no_loss_is_taken_of_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    batch = (np.zeros((2, 3)), {"used": np.zeros(2), "unused": np.array([0, np.nan])})
+    check_batch(batch, np.arange(2), with_loss={"y['used']"})
+    assert "y['unused'] is nan in row 1" in caplog.text
+    with pytest.raises(DataError, match=r"y\['unused'\] is nan in row 1"):
+        check_batch(batch, np.arange(2))
+
+
 def test_weights_below_0_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "dtrain"):
         check_batch((X, OK, np.array([1, -0.5, 1])), ROWS)

@@ -184,6 +184,16 @@ def test_class_weight_keeps_the_blocks_of_a_source() -> None:
         ClassWeights(ArraySource(ROWS), {1: 2.0})
 
 
+def test_an_output_may_have_no_weights() -> None:
+    y, weight = {"a": np.zeros(3), "b": np.zeros(3)}, np.arange(3.0)
+    source = ArraySource(np.zeros((3, 1)), y, {"a": weight, "b": None})
+    _, _, found = source.read(np.array([2]))
+    assert found["a"].tolist() == [2.0] and found["b"] is None
+    for wrong in ({"a": weight}, {"a": weight, "b": None, "c": weight}):
+        with pytest.raises(DataError, match="one `sample_weight` array per output in `y`, or None"):
+            ArraySource(np.zeros((3, 1)), y, wrong)
+
+
 def test_one_sample_weight_serves_all_outputs() -> None:
     weight = np.linspace(0, 1, 10, dtype=np.float32)
     got = ArraySource(ROWS, {"a": ROWS, "b": ROWS}, weight).read(ROWS)[2]

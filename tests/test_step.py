@@ -17,6 +17,7 @@ from warm import differences
 
 from dtrain.collective import LocalCollective
 from dtrain.data.source import ArraySource
+from dtrain.errors import ConfigError
 from dtrain.replica import Replica
 from dtrain.types import BatchPlan, FitPlan, Position, Segment
 
@@ -360,3 +361,147 @@ def test_variables_that_a_step_changes_and_no_checkpoint_has_are_named(capsys: p
     assert printed.count("in no checkpoint (") == 1 and "hidden" in printed
     Replica(made(Plain, False), LocalCollective()).on_batch("train", ArraySource(*data()))
     assert capsys.readouterr().out == ""
+
+
+# --- steps that know better than anybody what they build
+
+
+class NoCall(keras.Model):  # type: ignore[misc]
+    """As many of Keras's examples are: parts that see their input in the step alone, and no `call`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = keras.Sequential([layers.Dense(3, "tanh")])
+        self.decoder = keras.Sequential([keras.Input((3,)), layers.Dense(5)])
+
+    def train_step(self, data: Any) -> Any:
+        x = data[0] if isinstance(data, tuple) else data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self.decoder(self.encoder(x)) - x))
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"error": loss}
+
+
+class BuiltParts(NoCall):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder.build((None, 5))
+
+
+class OwnTarget(keras.Model):  # type: ignore[misc]
+    """Takes the loss of its own input, and is evaluated on other data than it is trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = layers.Dense(5)
+
+    def call(self, x: Any) -> Any:
+        return self.dense(x)
+
+    def train_step(self, data: Any) -> Any:
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x=data, y=data, y_pred=self(data, training=True))
+        self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return {"error": loss}
+
+    def test_step(self, data: Any) -> Any:
+        x, y = data
+        return {"error": tf.reduce_mean(tf.square(self(x) - y))}
+
+
+def built_by_steps(kind: Any) -> Any:
+    keras.utils.set_random_seed(3)
+    model = kind()
+    model.compile("adam", "mse")
+    return model
+
+
+def weights_after(collective: Any, kind: Any, evaluate: bool) -> tuple[list[Any], list[Any], dict[str, Any]]:
+    """Of a fit on several ranks, and of plain Keras."""
+    x, _ = blobs(23)
+    replica = Replica(built_by_steps(kind), collective)
+    held_out = ArraySource(x, x) if evaluate else None
+    plan = FitPlan(BatchPlan(23, 8), 2, validation=BatchPlan(23, 8) if evaluate else None)
+    replica.begin_fit(plan, ArraySource(x), held_out)
+    for epoch in range(2):
+        replica.run(Segment(Position(epoch, 0), 3))
+    history = replica.end_fit()
+    model = built_by_steps(kind)
+    given = {"validation_data": (x, x), "validation_batch_size": 8} if evaluate else {}
+    plain = model.fit(x, batch_size=8, epochs=2, shuffle=False, verbose=0, **given)
+    assert history.keys() == plain.history.keys()
+    return replica.model.get_weights(), model.get_weights(), {"ours": history, "keras": plain.history}
+
+
+@pytest.mark.parametrize(("kind", "evaluate"), [(NoCall, False), (BuiltParts, False), (OwnTarget, True)])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_model_is_built_by_its_own_step(ranks: Ranks, world_size: int, kind: Any, evaluate: bool) -> None:
+    ours, theirs, logs = ranks.run(world_size, weights_after, kind, evaluate)[0]
+    for one, other in zip(ours, theirs, strict=True):
+        assert np.allclose(one, other, rtol=0, atol=0 if world_size == 1 else 1e-6)
+    if world_size == 1:  # what a step returns is that of the last batch in Keras, too
+        assert logs["ours"] == logs["keras"]
+
+
+class EveryOther(keras.Model):  # type: ignore[misc]
+    """Updates its weights in a branch, which the last mini-batch does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normal, self.out = layers.BatchNormalization(), layers.Dense(1)
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        return self.out(self.normal(x, training=training))
+
+    def train_step(self, data: Any) -> Any:
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self(x, training=True) - tf.cast(y[:, None], x.dtype)))
+        gradients, variables = tape.gradient(loss, self.trainable_variables), self.trainable_variables
+        tf.cond(tf.shape(x)[0] > 2, lambda: [self.optimizer.apply(gradients, variables), 0][1], lambda: 0)
+        return {"loss": loss}
+
+
+def moving_means(collective: Any) -> list[Any]:
+    x, y = blobs(18)  # the last mini-batch is too small
+    model = EveryOther()
+    model.compile("sgd")
+    replica = Replica(model, collective)
+    replica.begin_fit(FitPlan(BatchPlan(18, 8), 1), ArraySource(x, y))
+    replica.run(Segment(Position(0, 0), 3))
+    replica.end_fit()
+    return [value.numpy() for value in model.normal.non_trainable_variables]
+
+
+def test_statistics_are_equal_where_a_branch_updates_the_weights(ranks: Ranks) -> None:
+    first, second = ranks.run(2, moving_means)
+    assert all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
+    assert any(np.any(value) for value in first)
+
+
+def test_an_array_that_is_no_metrics_result_is_refused_by_name() -> None:
+    class Vector(OwnTarget):
+        def train_step(self, data: Any) -> Any:
+            super().train_step(data)
+            return {"all": tf.reduce_mean(data, axis=1)}
+
+    replica = Replica(built_by_steps(Vector), LocalCollective())
+    with pytest.raises(ConfigError, match=r"Vector.train_step returned 'all' of shape \(None,\).* return its mean"):
+        replica.build((blobs(8)[0],))
+
+
+def test_a_metric_by_its_short_name_is_chosen_as_keras_chooses_it() -> None:
+    """By the shape of the output, in which a number of rows must not stand."""
+
+    def make() -> Any:
+        keras.utils.set_random_seed(3)
+        x = keras.Input((5,))
+        model = keras.Model(x, keras.ops.squeeze(layers.Dense(1, activation="sigmoid")(x), -1))
+        model.compile("sgd", "mse", metrics=["accuracy"])
+        return model
+
+    x, y = blobs(16)
+    replica = Replica(make(), LocalCollective())
+    ours = replica.evaluate(BatchPlan(16, 8), ArraySource(x, y % 2))
+    assert ours == make().evaluate(x, y % 2, batch_size=8, verbose=0, return_dict=True)
