@@ -42,8 +42,9 @@ check: setup ## ruff, mypy, the fences, links in Markdown
 	$(RUN)/mypy
 	$(RUN)/pytest -q tests/test_fences.py tests/test_docs.py
 
-soak: setup ## kill training runs 50 times, and see that they end as if nobody had (about half an hour; KILLS=8: fewer)
+soak: setup ## kill runs 50 times (KILLS=8: fewer), then a fit's workers for half an hour (MINUTES=5), and compare
 	$(RUN)/python tests/soak.py --kills $(or $(KILLS),50)
+	$(RUN)/python tests/survival.py --minutes $(or $(MINUTES),30)
 
 bench: tools ## time dtrain against plain Keras, Horovod and tf.distribute (about half an hour; BENCH=mlp: one row)
 	$(UV) sync --frozen --all-extras --no-extra gpu --group bench

@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cloudpickle
@@ -301,35 +301,28 @@ def fit_arguments(
             " have it shuffle anew pass a function that makes it: trainer.fit(make_dataset, ...)"
         )
     plan = plan_of(train, batch_size, steps_per_epoch, "steps_per_epoch", shuffle, seed)
-    validation: Given | None = None
-    validation_plan: BatchPlan | Batching | None = None
-    if validation_data is not None:
-        parts = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
-        if not 1 <= len(parts) <= 3:
-            raise DataError(f"validation_data has {len(parts)} parts; it must be (x, y) or (x, y, sample_weight)")
-        val_x, val_y, val_weight = (*parts, None, None)[:3]
-        validation = data_of(val_x, val_y, val_weight, name="validation_data")
-        validation_plan = plan_of(
-            validation,
-            validation_batch_size,
-            validation_steps,
-            "validation_steps",
-            in_any_order=True,
-            usual_batch_size=plan.batch_size,
-            size_name="validation_batch_size",
-        )
-    return FitArguments(
-        FitPlan(
-            train=plan,
-            epochs=epochs,
-            initial_epoch=initial_epoch,
-            validation=validation_plan,
-            validation_freq=validation_freq,
-            record_steps=record_steps,
-        ),
-        train,
+    fit = FitPlan(plan, epochs, initial_epoch, validation_freq=validation_freq, record_steps=record_steps)
+    if validation_data is None:
+        return FitArguments(fit, train, None)
+    validation = _validation_of(validation_data)
+    validation_plan = plan_of(
         validation,
+        validation_batch_size,
+        validation_steps,
+        "validation_steps",
+        in_any_order=True,
+        usual_batch_size=plan.batch_size,
+        size_name="validation_batch_size",
     )
+    return FitArguments(replace(fit, validation=validation_plan), train, validation)
+
+
+def _validation_of(validation_data: Any) -> Given:
+    parts = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
+    if not 1 <= len(parts) <= 3:
+        raise DataError(f"validation_data has {len(parts)} parts; it must be (x, y) or (x, y, sample_weight)")
+    x, y, sample_weight = (*parts, None, None)[:3]
+    return data_of(x, y, sample_weight, name="validation_data")
 
 
 def plan_of(

@@ -57,7 +57,7 @@ class BatchHooks:
         if not self.are_used:
             return
         end = chunk.first_step + chunk.num_steps
-        self._last = _Execution(chunk.first_step, end, *_newest(state, own))
+        self._last = _Execution(chunk.first_step, end, *newest(state, own))
         if end % self._steps == 0:
             self.finish()
 
@@ -76,7 +76,7 @@ class BatchHooks:
     ) -> None:
         """Go on as another rank would, with these metrics."""
         self._begun, last = place
-        self._last = _Execution(*last, *_newest(states, own)) if last is not None else None
+        self._last = _Execution(*last, *newest(states, own)) if last is not None else None
 
     def finish(self) -> None:
         """End the execution that is under way, if there is one: the epoch ends."""
@@ -89,5 +89,6 @@ class BatchHooks:
             self._last = self._begun = None
 
 
-def _newest(state: list[Array], own: dict[str, Array]) -> tuple[list[Array], dict[str, Array]]:
+def newest(state: list[Array], own: dict[str, Array]) -> tuple[list[Array], dict[str, Array]]:
+    """Of what a call returned, that of its last step."""
     return [values[-1:] for values in state], {key: values[-1:] for key, values in own.items()}

@@ -32,71 +32,91 @@ _MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 @contextlib.contextmanager
 def exact_losses(step: Reduction) -> Iterator[None]:
     """Inside, every Keras loss times this rank's share, summed over ranks, is the whole mini-batch's loss."""
-    plain = loss_module.reduce_weighted_values
-    plain_call, plain_update = keras.losses.Loss.__call__, keras.metrics.MeanMetricWrapper.update_state
-    calls = 0
-    on_whole_batch = False
+    exact = _ExactLosses(step)
+
+    def call(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        return exact.call(self, y_true, y_pred, sample_weight)
+
+    def update_state(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        return exact.update_state(self, y_true, y_pred, sample_weight)
+
+    with (
+        patch.object(loss_module, "reduce_weighted_values", exact.reduce_weighted_values),
+        patch.object(keras.losses.Loss, "__call__", call),
+        patch.object(keras.metrics.MeanMetricWrapper, "update_state", update_state),
+    ):
+        yield
+
+
+class _ExactLosses:
+    """What stands in the place of Keras's functions while a step is traced, and calls them.
+
+    Args:
+        step: how it is reduced.
+    """
+
+    def __init__(self, step: Reduction) -> None:
+        self._step = step
+        self._plain_reduce = loss_module.reduce_weighted_values
+        self._plain_call = keras.losses.Loss.__call__
+        self._plain_update = keras.metrics.MeanMetricWrapper.update_state
+        self._calls = 0
+        self._is_whole = False  # what is computed has the rows of all ranks
+
+    def call(self, loss: Any, *rows: Any) -> Any:
+        if not mixes_rows(loss):
+            return self._plain_call(loss, *rows)
+        gathered = self._gathered(rows)
+        with patch.object(self, "_is_whole", True):
+            return self._plain_call(loss, *gathered)  # times each rank's share, it is counted once
+
+    def update_state(self, metric: Any, *rows: Any) -> Any:
+        return self._plain_update(metric, *(self._gathered(rows) if mixes_rows(metric) else rows))
 
     def reduce_weighted_values(
+        self,
         values: Any,
         sample_weight: Any = None,
         mask: Any = None,
         reduction: str = "sum_over_batch_size",
         dtype: Any = None,
     ) -> Any:
-        if on_whole_batch:
-            return plain(values, sample_weight, mask, reduction, dtype)
         values = ops.convert_to_tensor(values, dtype=dtype)
+        weights = sample_weight, mask, reduction, dtype
         is_mean = reduction in _MEANS
         by_weight = reduction == "mean_with_sample_weight" and (sample_weight is not None or mask is not None)
-        if values.shape.rank == 0 and sample_weight is not None and reduction not in (None, "none") and not by_weight:
-            # One number for all rows, times the sum or the mean of the whole mini-batch's weights.
-            weight = plain(ops.ones_like(values), sample_weight, mask, reduction, dtype)
-            return values * summed(weight * tf.cast(step.share, weight.dtype) if is_mean else weight)
         row_shares_suffice = is_mean and mask is None and not by_weight
-        if values.shape.rank == 0 or reduction in (None, "none") or row_shares_suffice:
-            return plain(values, sample_weight, mask, reduction, dtype)
-        total = plain(values, sample_weight, mask, "sum", dtype)
+        if self._is_whole or reduction in (None, "none"):
+            return self._plain_reduce(values, *weights)
+        if values.shape.rank == 0:
+            return self._reduce_number(values, *weights)
+        if row_shares_suffice:
+            return self._plain_reduce(values, *weights)
+        total = self._plain_reduce(values, sample_weight, mask, "sum", dtype)
         divisor = tf.ones_like(total)
         if by_weight:
-            divisor = summed(loss_module.reduce_values(_weights(values, sample_weight, mask), None, "sum"))
+            divisor = self._summed(ops.sum(_weights(values, sample_weight, mask)))
         elif is_mean:
-            weight = None if sample_weight is None else ops.ones_like(sample_weight)
-            divisor = summed(plain(ops.ones_like(values), weight, mask, "sum", dtype))
-        return tf.math.divide_no_nan(total, divisor * tf.cast(step.share, total.dtype))
+            ones = None if sample_weight is None else ops.ones_like(sample_weight)
+            divisor = self._summed(self._plain_reduce(ops.ones_like(values), ones, mask, "sum", dtype))
+        return tf.math.divide_no_nan(total, divisor * tf.cast(self._step.share, total.dtype))
 
-    def summed(value: Any) -> Any:
+    def _reduce_number(self, value: Any, sample_weight: Any, mask: Any, reduction: str, dtype: Any) -> Any:
+        """One number for all rows, which Keras multiplies with the sum, or the mean, of their weights."""
+        if sample_weight is None or reduction == "mean_with_sample_weight":
+            return self._plain_reduce(value, sample_weight, mask, reduction, dtype)
+        weight = self._plain_reduce(ops.ones_like(value), sample_weight, mask, reduction, dtype)
+        share = tf.cast(self._step.share, weight.dtype) if reduction in _MEANS else tf.ones_like(weight)
+        return value * self._summed(weight * share)
+
+    def _summed(self, value: Any) -> Any:
         """Over ranks; no gradient flows back."""
-        nonlocal calls
-        calls += 1
-        return step.collective.all_reduce([tf.stop_gradient(value)], f"loss{calls}")[0]
+        self._calls += 1
+        return self._step.collective.all_reduce([tf.stop_gradient(value)], f"loss{self._calls}")[0]
 
-    def call(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        nonlocal calls, on_whole_batch
-        if not mixes_rows(self):
-            return plain_call(self, y_true, y_pred, sample_weight)
-        gathered = _gather((y_true, y_pred, sample_weight), step, f"rows{calls}")
-        calls += 1
-        on_whole_batch = True
-        try:
-            return plain_call(self, *gathered)  # times each rank's share, it is counted once
-        finally:
-            on_whole_batch = False
-
-    def update_state(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        nonlocal calls
-        rows = (y_true, y_pred, sample_weight)
-        if mixes_rows(self):
-            rows = _gather(rows, step, f"rows{calls}")
-            calls += 1
-        return plain_update(self, *rows)
-
-    with (
-        patch.object(loss_module, "reduce_weighted_values", reduce_weighted_values),
-        patch.object(keras.losses.Loss, "__call__", call),
-        patch.object(keras.metrics.MeanMetricWrapper, "update_state", update_state),
-    ):
-        yield
+    def _gathered(self, rows: Any) -> Any:
+        self._calls += 1
+        return _gather(rows, self._step, f"rows{self._calls}")
 
 
 def whole_batch(loss: T) -> T:

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dtrain.batch_hooks import BatchHooks
+from dtrain.batch_hooks import BatchHooks, newest
 from dtrain.batch_norm import synchronize
 from dtrain.callbacks import RankCallbacks
 from dtrain.collective import Collective
@@ -432,8 +432,7 @@ class Replica:
                 break
         hooks.finish()
         assert state is not None and own is not None
-        last_state = [values[-1:] for values in state]
-        last_own = {key: values[-1:] for key, values in own.items()}
+        last_state, last_own = newest(state, own)
         logs = last_of(self.global_logs("test", [last_state], [last_own], "test"))
         callbacks("on_test_end", logs=logs)
         self.progress = Progress("idle")
