@@ -10,6 +10,7 @@ import models
 import numpy as np
 import pyarrow
 import pytest
+import warm
 from models import blobs, make_classifier
 from pyarrow import parquet as pq
 
@@ -20,7 +21,8 @@ from dtrain.data.source import DataSource
 from dtrain.errors import DataError
 from dtrain.types import BatchPlan
 
-cloudpickle.register_pickle_by_value(models)
+for module in (models, warm):
+    cloudpickle.register_pickle_by_value(module)
 
 FIT: dict[str, Any] = {
     "batch_size": None,
@@ -89,6 +91,53 @@ def test_parquet_on_two_workers_gives_what_keras_gives(local_ray: None, in_tmp: 
         assert ours.dtype == np.float64 and np.allclose(ours, theirs, atol=1e-10, rtol=0)
     assert np.allclose(evaluated, plain.evaluate(val_x, val_y, 16, verbose=0), atol=1e-10, rtol=0)
     assert np.allclose(predicted, plain.predict(val_x, verbose=0), atol=1e-10, rtol=0)
+
+
+def in_npz(folder: Path, x: np.ndarray, y: np.ndarray) -> Any:
+    np.savez(folder / "a.npz", x=x, y=y)
+    return dtrain.data.npz(folder / "a.npz"), None
+
+
+def in_pandas(folder: Path, x: np.ndarray, y: np.ndarray) -> Any:
+    import pandas  # type: ignore[import-untyped]
+
+    return pandas.DataFrame(x), pandas.Series(y)
+
+
+def in_ray_dataset(folder: Path, x: np.ndarray, y: np.ndarray) -> Any:
+    import ray
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    table = {f"x{i}": x[:, i] for i in range(5)}
+    dataset = ray.data.from_numpy([y[:30], y[30:]]).rename_columns({"data": "y"})
+    dataset = dataset.zip(ray.data.from_arrow(pyarrow.table(table)))
+    return dtrain.data.ray_dataset(dataset.materialize(), x=[*table], y="y"), None
+
+
+def in_records(folder: Path, x: np.ndarray, y: np.ndarray) -> Any:
+    import tensorflow as tf
+
+    with tf.io.TFRecordWriter(str(folder / "a.tfrecord")) as writer:
+        for row, label in zip(x, y, strict=True):
+            feature = {
+                "x": tf.train.Feature(float_list=tf.train.FloatList(value=row)),
+                "y": tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
+            }
+            writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+    features = {"x": tf.io.FixedLenFeature([5], tf.float32), "y": tf.io.FixedLenFeature([], tf.int64)}
+    return dtrain.data.tfrecord(folder / "a.tfrecord", features, x="x", y="y"), None
+
+
+@pytest.mark.parametrize("make", [in_npz, in_pandas, in_ray_dataset, in_records])
+def test_a_fit_on_any_source_gives_what_keras_gives(two_workers: dtrain.Trainer, make: Any, tmp_path: Path) -> None:
+    x, y = blobs(50)
+    trainer = warm.use(two_workers, warm.fresh(make_classifier))
+    given, targets = make(tmp_path, x, y)
+    trainer.fit(given, targets, batch_size=16, epochs=2, shuffle=False, verbose=0)
+    plain = warm.fresh(make_classifier)()
+    plain.fit(x, y, 16, epochs=2, shuffle=False, verbose=0)
+    for ours, theirs in zip(trainer.get_weights(), plain.get_weights(), strict=True):
+        assert np.allclose(ours, theirs, atol=2e-5, rtol=0)
 
 
 def test_rows_come_by_blocks_where_no_order_is_asked_for(tmp_path: Path) -> None:

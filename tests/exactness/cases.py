@@ -149,6 +149,7 @@ MORE_FEATURES = (
     "returns_some",
     "own_loss",
     "recurrent",
+    "constrained",
     "frozen_and_unused",
     "metrics_of_numbers",
     "metrics_of_labels",

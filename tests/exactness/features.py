@@ -648,6 +648,14 @@ def one_class(random: np.random.Generator, rows: int) -> Data:
     return x, y[:, 0], None
 
 
+def constrained() -> keras.Model:
+    """Weights that are put back after each update, and a norm that is estimated in each forward pass."""
+    spectral = layers.SpectralNormalization(layers.Dense(4, kernel_constraint=keras.constraints.MaxNorm(0.8)))
+    model = keras.Sequential([keras.Input((5,)), spectral, layers.Dense(3, "softmax", kernel_constraint="unit_norm")])
+    model.compile(keras.optimizers.SGD(0.5), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
 def frozen_and_unused() -> keras.Model:
     """A layer that is not trained, and one whose gradients are None."""
 
@@ -993,6 +1001,7 @@ FEATURES: dict[str, Feature] = {
     "returns_some": Feature(partial(custom, ReturnsSome, metrics=["accuracy"]), classes),
     "own_loss": Feature(partial(custom, OwnLoss, metrics=["accuracy"]), classes),
     "recurrent": Feature(recurrent, one_class),
+    "constrained": Feature(constrained, classes),
     "frozen_and_unused": Feature(frozen_and_unused, classes),
     "metrics_of_numbers": Feature(metrics_of_numbers, numbers),
     "metrics_of_labels": Feature(metrics_of_labels, classes),
