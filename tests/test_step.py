@@ -505,3 +505,36 @@ def test_a_metric_by_its_short_name_is_chosen_as_keras_chooses_it() -> None:
     replica = Replica(make(), LocalCollective())
     ours = replica.evaluate(BatchPlan(16, 8), ArraySource(x, y % 2))
     assert ours == make().evaluate(x, y % 2, batch_size=8, verbose=0, return_dict=True)
+
+
+class Counting:
+    """A collective that counts how often gradients are summed."""
+
+    def __init__(self, collective: Any) -> None:
+        self._collective = collective
+        self.count = tf.Variable(0, dtype=tf.int64)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._collective, name)
+
+    def all_reduce(self, tensors: Any, name: str) -> Any:
+        if name.startswith("gradients"):
+            with tf.control_dependencies([self.count.assign_add(1)]):
+                tensors = [tf.identity(tensor) for tensor in tensors]
+        return self._collective.all_reduce(tensors, name)
+
+
+def sums_of_gradients(collective: Any) -> int:
+    """Of 6 mini-batches, three of which make an update."""
+    counting: Any = Counting(collective)
+    model = keras.Sequential([keras.Input((5,)), layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=3), "mse")
+    replica = Replica(model, counting)
+    replica.begin_fit(FitPlan(BatchPlan(48, 8), 1), ArraySource(*blobs(48)))
+    replica.run(Segment(Position(0, 0), 6))
+    replica.end_fit()
+    return int(counting.count.numpy())
+
+
+def test_accumulated_gradients_are_summed_once_for_each_update(ranks: Ranks) -> None:
+    assert ranks.run(2, sums_of_gradients) == [2, 2]
