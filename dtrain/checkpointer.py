@@ -95,15 +95,13 @@ class Checkpointer:
                 saving.before_commit()  # or what lies there may be another driver's
                 saving.store.discard(writing.staging)
 
-    def write_first(self, step: int) -> None:
-        """Make a checkpoint before the first step, where the run has none.
+    def begin(self, step: int) -> bool:
+        """Training begins, or goes on, after so many steps. Whether a checkpoint is due before: the run has none.
 
-        Killed before the next one it then begins again with the weights that it began with. It is written while the
-        first steps are trained.
+        Killed before the next one it then begins again with the weights that it began with.
         """
         self._asked_for = step
-        if self._is_first:
-            self.take(step, {})
+        return self._is_first
 
     def steps_until_due(self, step: int) -> int | None:
         """Mini-batches from `step` of the run to the next checkpoint that goes by steps; None: there is none."""
@@ -116,7 +114,7 @@ class Checkpointer:
     def is_late(self, step: int) -> bool:
         """Whether one that goes by steps is missing: the group broke when it was to be made."""
         every = self._saving.config.every_steps if self._saving is not None else None
-        return every is not None and step - self._asked_for >= every
+        return every is not None and step // every > self._asked_for // every
 
     def save(self, step: int, metrics: Logs, **extra: Any) -> None:
         """Make a checkpoint of the state as it is now, and wait until it is one.

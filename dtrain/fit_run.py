@@ -386,8 +386,13 @@ class FitRun:
             self._tracker.log_figure(figure, CURVES)
         tracking = self._trainer.tracking
         if tracking is not None and tracking.log_model:
+            from dtrain.keras_internals import has_call
+
             self._display.status("logging the model")
             model = self._trainer.model
+            if not has_call(model):
+                self._display.note("the model has no call, so it is not logged: nobody could predict with it")
+                return
             batch = keras_batch(self._opened["train"].example)
             inputs = batch[0] if isinstance(batch, tuple) else batch
             self._tracker.log_model(model, inputs, model.predict_on_batch(inputs))

@@ -281,7 +281,7 @@ def read(loaded: LoadedCheckpoint) -> SavedFit:
             bool(manifest.extra.get("stopped")),
             bool(manifest.extra.get("finished")),
             bool(fit["has_begun"]),
-            batches=None if fit["batches"] is None else int(fit["batches"]),
+            batches=None if fit.get("batches") is None else int(fit["batches"]),
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(

@@ -13,6 +13,8 @@ from dtrain.types import BETWEEN_SEGMENTS, Beat
 
 BLINK_SECONDS = 5.0
 """Who has not looked for so long knows nothing, and begins anew."""
+EXCUSED_SECONDS = 20.0
+"""Who waits for one that died is to blame so long after the timeout: Horovod gives up before."""
 PATIENT_STEPS = 10.0
 """A step may take so many times as long as the newest ones did, however short the timeout."""
 
@@ -75,7 +77,7 @@ class Heartbeat:
         self._timeout = timeout
         self._clock = clock
         self._heard: dict[int, Heard] = {}
-        self._one_died = False
+        self._died: dict[int, float] = {}  # when
         self._pace = 0.0
         self._looked = clock()
 
@@ -83,7 +85,7 @@ class Heartbeat:
         """All of them are well now."""
         now = self._looked = self._clock()
         self._heard = {rank: Heard(None, now, now) for rank in ranks}
-        self._one_died = False
+        self._died = {}
 
     def took(self, seconds: float) -> None:
         """A step took so long."""
@@ -100,10 +102,13 @@ class Heartbeat:
         for rank, beat in self._ask():
             if beat is None:  # dead is another matter
                 self._heard.pop(rank, None)
-                self._one_died = True
+                self._died.setdefault(rank, now)
                 continue
+            self._died.pop(rank, None)
             before = self._heard.get(rank)
             is_same = before is not None and before.beat is not None and before.beat.beats == beat.beats
             changed = before.changed if before is not None and is_same else now
             self._heard[rank] = Heard(beat, now, changed)
-        return who_hangs(self._heard, now, max(self._timeout, PATIENT_STEPS * self._pace), self._one_died)
+        timeout = max(self._timeout, PATIENT_STEPS * self._pace)
+        one_died = any(now - died <= timeout + EXCUSED_SECONDS for died in self._died.values())
+        return who_hangs(self._heard, now, timeout, one_died)

@@ -27,7 +27,7 @@ from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 from keras.src.utils import is_default
 
 from dtrain.data.source import leaves
-from dtrain.errors import DataError
+from dtrain.errors import ConfigError, DataError
 from dtrain.types import Shapes, Tree
 
 DRAWS = 933199
@@ -46,6 +46,7 @@ __all__ = [
     "drawn_unordered",
     "get_keras_mask",
     "global_seed_generator",
+    "has_call",
     "is_default",
     "is_update_step",
     "layers_of",
@@ -68,16 +69,27 @@ def build_from_batch(model: keras.Model, batch: Any) -> None:
 def build_from_inputs(model: keras.Model, batch: Any) -> None:
     """Create the variables of model and optimizer from a batch that may have no targets; None if layers have theirs.
 
-    Those of a model without `call` are its parts' own; where these are yet to see their input, its steps make them.
+    Raises:
+        ConfigError: the model has no `call`, and parts that only a step of its own would build.
     """
-    has_call = type(model).call is not keras.Model.call
-    if has_call and not all(layer.built for layer in layers_of(model)):
+    if not has_call(model):
+        unbuilt = [layer.name for layer in layers_of(model) if layer is not model and not layer.built]
+        if unbuilt:
+            raise ConfigError(
+                f"{type(model).__name__} has no call, and {unbuilt[0]!r} is not built: only train_step would show it"
+                " what it computes on; build it in model_fn, by an Input or with build(shape)"
+            )
+        model.built = True
+    if not all(layer.built for layer in layers_of(model)):
         x, _, _ = unpack_x_y_sample_weight(batch)
         compute_output_spec(model, _symbolic(x), training=False)
-    if not has_call:
-        model.built = all(layer.built for layer in layers_of(model) if layer is not model)
-    if model.built and model.optimizer is not None and not model.optimizer.built:
+    if model.optimizer is not None and not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
+
+
+def has_call(model: keras.Model) -> bool:
+    """Whether a model says what it computes; some have a train_step alone."""
+    return type(model).call is not keras.Model.call
 
 
 def _symbolic(batch: Any) -> Any:

@@ -7,7 +7,7 @@ machine itself is gone, or a cable is, nothing is heard any more, and a connecti
 import contextlib
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import psutil
 import ray
@@ -18,7 +18,7 @@ HEAD = "node:__internal_head__"
 """What Ray calls a resource of its head's node."""
 
 
-def address_of_lost(rank: int, workers: Sequence[WorkerInfo], is_silent: bool) -> str | None:
+def address_of_lost(rank: int, workers: Sequence[WorkerInfo], dead: Collection[int], is_silent: bool) -> str | None:
     """The address of a dead rank's machine, where nobody should be connected to it any more; None: somebody may.
 
     That is where Ray has lost its node, or the process is silent, and where neither a rank that lives, nor this driver,
@@ -26,7 +26,8 @@ def address_of_lost(rank: int, workers: Sequence[WorkerInfo], is_silent: bool) -
 
     Args:
         rank: that died.
-        workers: where the ranks run; other ranks on its node are taken for alive.
+        workers: where the ranks run.
+        dead: those that do no longer.
         is_silent: it was ended since it did not answer, and nobody has confirmed that.
     """
     nodes = {node["NodeID"]: node for node in ray.nodes()}
@@ -34,7 +35,8 @@ def address_of_lost(rank: int, workers: Sequence[WorkerInfo], is_silent: bool) -
     if node is None or HEAD in node["Resources"] or (node["Alive"] and not is_silent):
         return None
     address: str = node["NodeManagerAddress"]
-    others = {worker.node_id for worker in workers if worker.rank != rank} | {ray.get_runtime_context().get_node_id()}
+    others = {worker.node_id for worker in workers if worker.rank not in dead}
+    others.add(ray.get_runtime_context().get_node_id())
     in_use = {nodes[other]["NodeManagerAddress"] for other in others if other in nodes}
     return None if address in in_use else address
 

@@ -72,10 +72,8 @@ class MetricState:
 
     def take_up(self) -> None:
         """Take up variables that are new: some metrics make theirs in their first update."""
-        for metric in self._model.metrics:
-            for variable in metric.variables:
-                if all(variable is not known for known in self.variables):
-                    self.variables.append(variable)
+        found = {id(variable): variable for metric in self._model.metrics for variable in metric.variables}
+        self.variables[:] = found.values()  # in the same order, whoever has made theirs first
         self.records_steps = sum(int(np.prod(v.shape)) for v in self.variables) <= RECORDED_ELEMENTS
 
     def is_of_loss(self) -> list[bool]:

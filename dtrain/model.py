@@ -171,7 +171,8 @@ def describe(model: keras.Model) -> ModelDescription:
         metrics=tuple(part.name for metric in model.metrics for part in getattr(metric, "metrics", None) or [metric]),
         learning_rate=learning_rate(model),
         signature=_digest(_variables_in_words(model), _compiled_in_words(model), learning_rate(model)),
-        structure=_digest(_variables_in_words(model), _compiled_in_words(model), _settings(model)),
+        # An optimizer's variables follow from its settings, and some are made by the first step alone.
+        structure=_digest([f"{v.shape} {v.dtype}" for v in model.variables], _settings(model)),
         exceptions=_exceptions(model),
     )
 

@@ -49,6 +49,7 @@ class Reduction:
         is_applying: an optimizer whose gradients were reduced is at work; it may have others inside.
         assigned_early: what was assigned before gradients were reduced.
         graph: in which the step is traced.
+        rows: of the mini-batch on this rank; None while tracing, where nobody knows.
     """
 
     collective: Collective
@@ -64,6 +65,7 @@ class Reduction:
     is_applying: bool = False
     assigned_early: list[Any] = field(default_factory=list)
     graph: Any = field(default_factory=tf.compat.v1.get_default_graph)
+    rows: int | None = None
 
     @property
     def has_statistics(self) -> bool:
@@ -81,8 +83,10 @@ class Reduction:
             @tf.custom_gradient  # type: ignore[untyped-decorator]
             def same(value: tf.Tensor) -> Any:
                 def grad(upstream: tf.Tensor) -> tf.Tensor:
-                    is_scaled = self.whole or any(self.scaled)
-                    return upstream if is_scaled else upstream * factor(tf.cast(self.share, upstream.dtype))
+                    if self.whole or any(self.scaled):
+                        return upstream
+                    wide = tf.float64 if upstream.dtype == tf.float64 else tf.float32
+                    return tf.cast(tf.cast(upstream, wide) * factor(tf.cast(self.share, wide)), upstream.dtype)
 
                 return tf.identity(value), grad
 
@@ -176,10 +180,16 @@ def _sums_as_means(reduction: Reduction) -> Iterator[None]:
 
     def gradient(self: Any, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
         found = plain(self, target, sources, *args, **kwargs)
-        has_rows = any(part.shape.rank for part in tf.nest.flatten(target) if isinstance(part, tf.Tensor))
+        parts = [part for part in tf.nest.flatten(target) if isinstance(part, tf.Tensor)]
+        are_rows = {bool(part.shape.rank) and part.shape[0] == reduction.rows for part in parts}
         of_weights = any(isinstance(source, (keras.Variable, tf.Variable)) for source in tf.nest.flatten(sources))
-        if not has_rows or not of_weights or reduction.whole or any(reduction.scaled):
+        if True not in are_rows or not of_weights or reduction.whole or any(reduction.scaled):
             return found
+        if len(are_rows) > 1:
+            raise ConfigError(
+                "train_step differentiates losses of each row and means of them together, of which a worker's share is"
+                " not the same; take the mean, or the sum, of each first"
+            )
         times = [_times(grad, 1 / reduction.share) for grad in tf.nest.flatten(found)]
         return tf.nest.pack_sequence_as(found, times)
 

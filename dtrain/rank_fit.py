@@ -130,6 +130,7 @@ class RankFit:
             optimizer.finalize_variable_values(self._model.trainable_weights)
         self._is_final = True
         if not self._has_ended:
+            self._replica.beat("callbacks, on_train_end")
             self._callbacks("on_train_end", logs=self._replica.nested("train", self._epoch_logs))
         self._has_ended = True
         self.close()

@@ -140,37 +140,43 @@ class Replica:
         kind: Kind = "train" if purpose == "train" else "test"
         is_new = not self._has_variables
         if is_new:
-            build_variables(self.model, keras_batch(batch))
-            if not self.collective.is_alone:
-                refuse_what_cannot_be_split(self.model)
-                if self._sync_batch_norm:
-                    synchronize(self.model)
-            if self._skip_nan and any(map(sums_locally, optimizers_of(self.model))):
-                raise ConfigError(
-                    "on_nan='skip' does not go with gradient_accumulation_steps: what is accumulated before a step"
-                    " that is left out may hold its NaN; leave out one"
-                )
-            self._check_same_model()
-            self._take_over()
-            self._has_variables = True
-        if purpose == "predict" or kind in self._built:
-            return is_new
-        if not self._steps:
+            self._build_variables(batch)
+        if purpose != "predict" and kind not in self._built:
             is_new = True
+            self._build_steps(kind, batch)
+        return is_new
+
+    def _build_variables(self, batch: Tree) -> None:
+        """Those of the model, and of its optimizer."""
+        build_variables(self.model, keras_batch(batch))
+        if not self.collective.is_alone:
+            refuse_what_cannot_be_split(self.model)
+            if self._sync_batch_norm:
+                synchronize(self.model)
+        if self._skip_nan and any(map(sums_locally, optimizers_of(self.model))):
+            raise ConfigError(
+                "on_nan='skip' does not go with gradient_accumulation_steps: what is accumulated before a step"
+                " that is left out may hold its NaN; leave out one"
+            )
+        self._check_same_model()
+        self._take_over()
+        self._has_variables = True
+
+    def _build_steps(self, kind: Kind, batch: Tree) -> None:
+        """What steps of a kind need besides: loss, metrics, and what only a step of the model's own makes."""
+        if not self._steps:
             self.metrics = MetricState(self.model)
             self._steps = self._new_steps()
         num_metrics = len(self.metrics.variables)
-        if self._steps[kind].is_custom:
-            if self._steps[kind].probe(batch):
-                self._waiting = write_state(self.model, self._waiting)
-                self._take_over()  # what only the model's own step has built
-        else:
+        if not self._steps[kind].is_custom or self.model.run_eagerly:  # of those the first one tells
             build(self.model, keras_batch(batch))
             self.metrics.take_up()
+        elif self._steps[kind].probe(batch):
+            self._waiting = write_state(self.model, self._waiting)
+            self._take_over()
         self._built.add(kind)
         if self._called and len(self.metrics.variables) > num_metrics:
             self._trace_anew()
-        return is_new
 
     def _new_steps(self) -> dict[Kind, Steps]:
         kinds: tuple[Kind, ...] = ("train", "test")

@@ -299,20 +299,20 @@ class Steps:
             with lookups.by_rows():
                 return dict(step(data))
         before = self._metrics.read()
-        with lookups.by_rows(), self._over_ranks(share, whole):
+        rows = next(tensor.shape[0] for _, tensor in leaves(data if isinstance(data, tuple) else (data,)))
+        with lookups.by_rows(), self._over_ranks(share, whole, rows):
             logs = dict(step(data))
         if whole and self._collective.rank > 0:
             self._metrics.assign(before)
         return logs
 
     @contextlib.contextmanager
-    def _over_ranks(self, share: tf.Tensor, whole: bool) -> Iterator[None]:
+    def _over_ranks(self, share: tf.Tensor, whole: bool, rows: int | None) -> Iterator[None]:
         """Inside, a step's gradients, losses and metrics are this rank's part of the whole mini-batch's."""
         with contextlib.ExitStack() as stack:
             assigned = stack.enter_context(recorded_assignments())
-            reduction = Reduction(
-                self._collective, share, whole, self._statistics(), assigned, sparse_as_dense=self._sparse_as_dense
-            )
+            given = self._collective, share, whole, self._statistics(), assigned, self._sparse_as_dense
+            reduction = Reduction(*given, rows=rows)
             stack.enter_context(reduced_gradients(optimizers_of(self._model), reduction))
             stack.enter_context(shared_means(share))
             if not whole:

@@ -119,12 +119,12 @@ class Weights:
         loaded = load(url)
         if group is not None and not group.closed:
             self.keep(group)
-        kept = self._pending
+        kept = self._pending, self._is_of
         self._is_of = loaded.checkpoint.url, loaded.manifest.model_digest
         try:
             self._take(fit_state.state_of(loaded), group)
         except CheckpointError:
-            self._pending = kept
+            self._pending, self._is_of = kept
             raise
 
     def deliver(self, group: WorkerGroup | None) -> None:

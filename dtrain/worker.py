@@ -289,7 +289,10 @@ class Worker:
     def end_fit(self) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
         """Keras's history, and on rank 0 the state of the user's callbacks."""
         self._strikes("shutdown")
-        history = self._replica.end_fit()
+        try:
+            history = self._replica.end_fit()
+        finally:
+            self._replica.rest()
         return history, self._callback_states()
 
     @_reported

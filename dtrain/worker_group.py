@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -326,34 +326,10 @@ class WorkerGroup:
             GroupBroken: where that is `survivable`, instead of WorkerDied: the group is not closed.
         """
         ranks = range(len(calls)) if ranks is None else ranks
-        results: dict[int, Any] = {}
-        failures: dict[int, Failure] = {}
         pending = dict(zip(calls, ranks, strict=True))
-        let_go: set[int] = set()
-        deadline = time.monotonic() + patience
         if blame is None:  # those who live notice when they wait for the others next; the heartbeat says who hangs
             blame = math.inf if survivable else BLAME_SECONDS
-        with self._interrupts.watched():
-            while pending and time.monotonic() < deadline:
-                ready, _ = ray.wait(list(pending), num_returns=1 if failures else len(pending), timeout=POLL_SECONDS)
-                for call in ready:
-                    rank = pending.pop(call)
-                    result = outcome_of(call)
-                    if isinstance(result, Failure) and result.died and rank in self._ended:
-                        result = replace(result, error=self._ended[rank][0])
-                    if isinstance(result, Failure) and not failures:
-                        deadline = min(deadline, time.monotonic() + blame)
-                    (failures if isinstance(result, Failure) else results)[rank] = result
-                for call, rank in [(call, rank) for call, rank in pending.items() if self._counts_as_dead(rank)]:
-                    del pending[call]
-                    failures[rank] = Failure(self._ended[rank][0], traceback="", died=True)
-                for rank in [rank for rank, failure in failures.items() if failure.died and rank not in let_go]:
-                    let_go.add(rank)
-                    self._let_go(rank, [*pending.values()])
-                if any(not failure.lost_peer and not (survivable and failure.died) for failure in failures.values()):
-                    break  # the culprit is known; the others are stuck waiting for it
-                self._interrupts.check()
-                watch(False)
+        results, failures = self._collect(pending, watch, patience, survivable, blame)
         if pending and not failures:
             failures[min(pending.values())] = Failure(NOT_STARTED.format(patience), traceback="", died=is_replacing)
         if not failures:
@@ -368,9 +344,43 @@ class WorkerGroup:
         self.fail(dead)
         raise error
 
-    def _let_go(self, dead: int, waiting: Sequence[int]) -> None:
+    def _collect(
+        self, pending: dict[Any, int], watch: Callable[[bool], None], patience: float, survivable: bool, blame: float
+    ) -> tuple[dict[int, Any], dict[int, Failure]]:
+        """What the ranks have answered, and how others failed; those that have done neither stay in `pending`."""
+        results: dict[int, Any] = {}
+        failures: dict[int, Failure] = {}
+        let_go: set[int] = set()
+        silent: set[int] = set()  # of whom nobody confirms that they have died
+        deadline = time.monotonic() + patience
+        with self._interrupts.watched():
+            while pending and time.monotonic() < deadline:
+                ready, _ = ray.wait(list(pending), num_returns=1 if failures else len(pending), timeout=POLL_SECONDS)
+                for call in ready:
+                    rank = pending.pop(call)
+                    result = outcome_of(call)
+                    if isinstance(result, Failure) and result.died and rank in self._ended:
+                        result = replace(result, error=self._ended[rank][0])
+                    if isinstance(result, Failure) and not failures:
+                        deadline = min(deadline, time.monotonic() + blame)
+                    (failures if isinstance(result, Failure) else results)[rank] = result
+                for call, rank in [(call, rank) for call, rank in pending.items() if self._counts_as_dead(rank)]:
+                    del pending[call]
+                    failures[rank] = Failure(self._ended[rank][0], traceback="", died=True)
+                    silent.add(rank)
+                for rank in [rank for rank, failure in failures.items() if failure.died and rank not in let_go]:
+                    let_go.add(rank)
+                    dead = {rank for rank, failure in failures.items() if failure.died} | self._ended.keys()
+                    self._let_go(rank, dead, [*pending.values()], rank in silent)
+                if any(not failure.lost_peer and not (survivable and failure.died) for failure in failures.values()):
+                    break  # the culprit is known; the others are stuck waiting for it
+                self._interrupts.check()
+                watch(False)
+        return results, failures
+
+    def _let_go(self, lost: int, dead: Collection[int], waiting: Sequence[int], is_silent: bool) -> None:
         """Have ranks end their connections to the machine of one that died, should it be gone with that."""
-        address = address_of_lost(dead, self.workers, is_silent=dead in self._ended) if self.workers else None
+        address = address_of_lost(lost, self.workers, dead, is_silent) if self.workers else None
         for rank in waiting if address is not None else ():
             self._actors[rank].let_go.options(concurrency_group="watch").remote(address)
 

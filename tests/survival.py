@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import cloudpickle
 import keras
 import numpy as np
+import psutil
 import ray
 
 import dtrain
@@ -91,10 +92,9 @@ def kill_now_and_then(trainer: dtrain.Trainer, every: float, chance: random.Rand
     """One worker after the other, until it is over."""
     began, number = time.monotonic(), 0
     while not is_over.wait(every * chance.uniform(0.5, 1.5)):
-        workers = trainer.workers
-        if len(workers) < trainer.num_workers:
-            continue  # one is being replaced
-        victim = chance.choice(workers)
+        victim = chance.choice(trainer.workers)
+        if not psutil.pid_exists(victim.pid):
+            continue  # it is being replaced
         number += 1
         print(f"{number:5d}  after {time.monotonic() - began:6.1f} s: rank {victim.rank}", flush=True)
         with contextlib.suppress(ProcessLookupError):
@@ -167,10 +167,10 @@ def main() -> None:
     seconds = time.time() - began
     history = disturbed[0]
     control = train("control", Digits(0.0), options.workers, Enough(float("inf")), len(history.epoch))
-    lost = [recovery.seconds for recovery in history.recoveries]
+    lost = [recovery.seconds for recovery in history.recoveries] or [0.0]
     redone = sum(recovery.steps_redone for recovery in history.recoveries)
     print(
-        f"\n{len(lost)} recoveries in {seconds:.0f} s, {len(steps_of('disturbed'))} steps, {redone} of them redone;"
+        f"\n{len(history.recoveries)} recoveries in {seconds:.0f} s, {len(steps_of('disturbed'))} steps, {redone} redone;"
         f" a recovery took {np.median(lost):.1f} s (at most {max(lost):.1f}), goodput {1 - sum(lost) / seconds:.1%}"
     )
     wrong = differences(disturbed, control)

@@ -152,10 +152,10 @@ def test_metrics_of_a_validation_that_is_yet_to_come_are_no_others(
 def test_one_that_the_group_broke_on_the_way_to_is_late(store: CheckpointStore) -> None:
     group: Any = played.Workers()
     checkpointer = Checkpointer(group, Saving(store, CheckpointConfig(every_steps=10), BLANK))
-    checkpointer.write_first(4)  # goes on from there
-    assert [step for step in range(5, 16) if checkpointer.is_late(step)] == [14, 15]
+    checkpointer.begin(4)  # goes on from there
+    assert [step for step in range(5, 12) if checkpointer.is_late(step)] == [10, 11]
     checkpointer.take(14, {})
-    assert not checkpointer.is_late(23) and checkpointer.is_late(24)
+    assert not checkpointer.is_late(19) and checkpointer.is_late(20)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_nothing(

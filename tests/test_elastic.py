@@ -146,9 +146,10 @@ def test_one_worker_becomes_two(
             ray.kill(other)
 
         threading.Thread(target=make_room, daemon=True).start()
-        history = trainer.fit(**data, epochs=999, verbose=0, callbacks=[Sizes(file, [1, 2])])
+        history = trainer.fit(**data, epochs=9999, verbose=0, callbacks=[Sizes(file, [1, 2])])
         weights = trainer.get_weights()
     epochs = len(history.epoch)
+    assert sizes_in(file)[-2:] == [1, 2] and epochs < 9999
     with dtrain.Trainer(make_model, tracking=False, **options) as trainer:
         control = trainer.fit(**data, epochs=epochs, verbose=0)
         for ours, theirs in zip(weights, trainer.get_weights(), strict=True):

@@ -22,7 +22,7 @@ STOREYS = {
     "one rank": "replica rank_fit under_way rank_state batch_hooks undo struck_collective feeds step optimizer losses"
     " metrics batch_norm lookups callbacks",
     "many": "worker_group rooms spares newcomers outcomes worker telemetry cluster lost_nodes",
-    "decisions": "controller findings checkpointer recoveries heartbeat policy",
+    "decisions": "controller regrouping findings checkpointer recoveries heartbeat policy",
     "faces": "trainer weights fit_run resume arguments named cli doctor testing",
 }
 """From the ground up. `dtrain` itself only says where names are, and stands above all."""

@@ -215,7 +215,14 @@ def test_workers_may_die_in_any_phase_one_after_the_other(undisturbed: Outcome) 
     assert epochs_on_record("any-phase") == [epoch * STEPS + STEPS - 1 for epoch in range(EPOCHS)]
 
 
-def test_workers_may_die_when_nothing_more_is_trained(undisturbed: Outcome) -> None:
+def make_averaged() -> Any:
+    """Averages take the weights' place in the end, and the best epoch's weights theirs."""
+    model = make_model()
+    model.compile(keras.optimizers.Adam(use_ema=True, ema_momentum=0.9), model.loss, metrics=["accuracy"])
+    return model
+
+
+def test_workers_may_die_when_nothing_more_is_trained() -> None:
     """Before `on_train_end`, after it while the last checkpoint is written, and once more."""
     found = train(
         "at-the-end",
@@ -223,10 +230,11 @@ def test_workers_may_die_when_nothing_more_is_trained(undisturbed: Outcome) -> N
         kill(rank=0, step=1, phase="shutdown"),
         kill(rank=1, step=0, phase="checkpoint", life=1),
         kill(rank=0, step=1, phase="checkpoint", life=1),
+        model_fn=make_averaged,
         checkpoint=dtrain.CheckpointConfig(every_epochs=None),
         failure=dtrain.FailureConfig(max_failures=4),
     )
-    assert_same_end(found, undisturbed)
+    assert_same_end(found, train("averaged", model_fn=make_averaged))
     assert [recovery.rank for recovery in found.history.recoveries] == [1, 0, 1, 0]
     assert [recovery.steps_redone for recovery in found.history.recoveries] == [0] * 4
     assert found.notes.train_ends == 1

@@ -329,11 +329,19 @@ class StreamLoader:
         if self._position != position:
             raise DataError(f"{self._name} has no batch for step {position.step} of epoch {position.epoch}")
         if self._expected.get(position, self._digest) != self._digest:
-            raise DataError(
-                f"{self._name} brought other batches before {_place(position)} than when they were trained on: going on"
-                " there would leave out rows and train others twice. Seed what is random in the function"
-                " (dataset.shuffle(..., seed=1), np.random.default_rng(1)), and sort lists of files"
-            )
+            self._refuse_others(position)
+
+    def _refuse_others(self, position: Position) -> None:
+        """Where the input goes on within a pass; a new pass has every row all the same, in another order."""
+        told = (
+            f"{self._name} brought other batches before {_place(position)} than when they were trained on;"
+            " seed what is random in the function (dataset.shuffle(..., seed=1), np.random.default_rng(1)), and sort"
+            " lists of files"
+        )
+        if position.step or self._goes_on:
+            raise DataError(f"{told}: going on there would leave out rows and train others twice")
+        if self.rank == 0:
+            print(f"not bit for bit what an undisturbed run would give: {told}")
 
     def _begin_epoch(self) -> None:
         if self._has_begun:

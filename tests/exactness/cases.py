@@ -141,6 +141,7 @@ MORE_FEATURES = (
     "accumulation_sparse",
     "accumulation_loss_scaling",
     "adversaries",
+    "losses_stacked",
     "loss_of_rows",
     "loss_weighted_by_token",
     "loss_scalar_weighted",

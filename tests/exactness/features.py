@@ -599,6 +599,19 @@ class LossOfRows(CustomStep):
         return {"mean": tf.reduce_mean(loss)}
 
 
+class StackedLosses(CustomStep):
+    """Means over rows, two of them in one tensor."""
+
+    def train_step(self, data: Any) -> Any:
+        x, y = data
+        with tf.GradientTape() as tape:
+            predicted = self(x, training=True)
+            error = tf.reduce_mean(tf.square(predicted - tf.one_hot(y, 3, dtype=predicted.dtype)))
+            losses = tf.stack([error, 0.1 * tf.reduce_mean(tf.abs(predicted))])
+        self.optimizer.apply(tape.gradient(losses, self.trainable_variables), self.trainable_variables)
+        return {"mean": tf.reduce_sum(losses)}
+
+
 class ClipsItself(CustomStep):
     """Reads and clips the gradients of the whole mini-batch before the optimizer gets them."""
 
@@ -985,6 +998,7 @@ FEATURES: dict[str, Feature] = {
     "loss_whole_batch": Feature(mixing_rows(lambda: relative_error, "tanh"), overlaps),
     "adversaries": Feature(adversaries, numbers),
     "loss_mixed_in_custom_step": Feature(mixing_custom_step, classes),
+    "losses_stacked": Feature(partial(custom, StackedLosses), classes),
     "loss_of_rows": Feature(partial(custom, LossOfRows), classes),
     "loss_weighted_by_token": Feature(weighted_tokens, tokens_with_weights),
     "loss_scalar_weighted": Feature(scalar_loss, weighted_numbers),
