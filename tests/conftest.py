@@ -41,7 +41,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
-LONGEST = ("test_features", "test_scenarios", "test_recovery", "test_resume", "test_streams", "test_callbacks")
+LONGEST = (
+    *("test_features", "test_recovery", "test_scenarios", "test_resume", "test_streams", "test_callbacks"),
+    *("test_nodes", "test_failures", "test_elastic", "test_cli", "test_link"),
+)
 """Files that take the most time come first, so that processes side by side end together; then the rest, by name."""
 
 

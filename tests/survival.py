@@ -169,8 +169,9 @@ def main() -> None:
     control = train("control", Digits(0.0), options.workers, Enough(float("inf")), len(history.epoch))
     lost = [recovery.seconds for recovery in history.recoveries] or [0.0]
     redone = sum(recovery.steps_redone for recovery in history.recoveries)
+    trained = len(steps_of("disturbed"))
     print(
-        f"\n{len(history.recoveries)} recoveries in {seconds:.0f} s, {len(steps_of('disturbed'))} steps, {redone} redone;"
+        f"\n{len(history.recoveries)} recoveries in {seconds:.0f} s, {trained} steps, {redone} of them redone;"
         f" a recovery took {np.median(lost):.1f} s (at most {max(lost):.1f}), goodput {1 - sum(lost) / seconds:.1%}"
     )
     wrong = differences(disturbed, control)

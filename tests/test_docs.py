@@ -98,3 +98,26 @@ def anchors_of(text: str) -> set[str]:
         count = sum(anchor == slug or re.fullmatch(rf"{re.escape(slug)}-\d+", anchor) is not None for anchor in anchors)
         anchors.add(f"{slug}-{count}" if count else slug)
     return anchors
+
+
+IN_README = {
+    "SGD with momentum": "sgd momentum",
+    "Adam": "adam",
+    "sample weights": "sample weight",
+    "masked LSTM": "masked lstm",
+    "sparse gradients": "sparse gradients",
+    "synchronized BatchNormalization": "normalized synchronized",
+    "two optimizers (a GAN)": "adversaries",
+}
+
+
+def test_the_readme_says_of_exactness_what_the_table_says() -> None:
+    table = {cells[0]: cells[2:] for cells in _rows(ROOT / "docs" / "exactness.md")}
+    short = {cells[0]: cells[1:] for cells in _rows(ROOT / "README.md")}
+    assert {name: short[name] for name in IN_README} == {name: table[row] for name, row in IN_README.items()}
+
+
+def _rows(page: Path) -> list[list[str]]:
+    """The cells of all rows of all tables."""
+    rows = (line.strip("|\n").split("|") for line in page.read_text().splitlines() if line.startswith("| "))
+    return [[cell.strip() for cell in row] for row in rows]
