@@ -567,7 +567,8 @@ class Trainer:
 
     def _on_batch(self, kind: str, source: DataSource) -> Logs:
         with self.interrupts, ProgressBar(0) as display:
-            group, _ = self.start(source, BatchPlan(len(source), len(source)), display, "evaluate")
+            purpose: Purpose = "train" if kind == "train" else "evaluate"
+            group, _ = self.start(source, BatchPlan(len(source), len(source)), display, purpose)
             if kind == "train":
                 self._weights.change()
             logs: Logs = group.call("on_batch", kind)[0]

@@ -316,7 +316,8 @@ class Worker:
     @_reported
     def on_batch(self, kind: str) -> Logs:
         """One step on the rows that were opened, all of them."""
-        logs: Logs = self._replica.on_batch(kind, self._feeds.pop("evaluate").source)
+        feed = self._feeds.pop("train" if kind == "train" else "evaluate")
+        logs: Logs = self._replica.on_batch(kind, feed.source)
         return logs
 
     @_reported

@@ -1,5 +1,6 @@
 """Claims about what is traced: steps of a model's own, what they return, and that one rank is plain Keras."""
 
+import functools
 import sys
 from typing import Any
 
@@ -461,6 +462,14 @@ class EveryOther(keras.Model):  # type: ignore[misc]
         gradients, variables = tape.gradient(loss, self.trainable_variables), self.trainable_variables
         tf.cond(tf.shape(x)[0] > 2, lambda: [self.optimizer.apply(gradients, variables), 0][1], lambda: 0)
         return {"loss": loss}
+
+
+def test_one_mini_batch_is_trained_by_a_step_that_no_other_kind_of_data_fits(two_workers: Any) -> None:
+    trainer = warm.use(two_workers, warm.fresh(functools.partial(built_by_steps, OwnTarget)))
+    x, _ = blobs(8)
+    before = trainer.train_on_batch(x, return_dict=True)["error"]
+    assert trainer.train_on_batch(x, return_dict=True)["error"] < before
+    assert trainer.test_on_batch(x, x, return_dict=True)["error"] < before
 
 
 def moving_means(collective: Any) -> list[Any]:
