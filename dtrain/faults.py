@@ -14,12 +14,23 @@ from types import TracebackType
 from typing import ClassVar, Literal, Self
 
 Phase = Literal[
-    "start", "form", "broadcast", "data", "step", "again", "callback", "checkpoint", "evaluate", "predict", "shutdown"
+    "start",
+    "form",
+    "broadcast",
+    "data",
+    "step",
+    "again",
+    "callback",
+    "answer",
+    "checkpoint",
+    "evaluate",
+    "predict",
+    "shutdown",
 ]
 """Where a fault strikes: while the model is made, the group forms, others waiting for this rank, rank 0's state is
 spread, a step's data are read, a step is trained (its forward pass is done, its gradients are not summed yet), a step
-that has summed gradients is about to sum others, an epoch's last hook is due, a checkpoint is written, a mini-batch is
-evaluated, predicted, and when a fit ends."""
+that has summed gradients is about to sum others, an epoch's last hook is due, a segment is finished and about to be
+told, a checkpoint is written, a mini-batch is evaluated, predicted, and when a fit ends."""
 
 
 class PlannedError(Exception):

@@ -172,7 +172,8 @@ class Handover:
         knowledge: of the training step.
         stop: a callback set `stop_training`.
         leads: callbacks that run on rank 0 alone run there, so their states in `fit` are of this moment.
-        draws: how many numbers each random generator has given since the last segment, or since the fit began.
+        draws: how many numbers each random generator has given since so many segments were finished: `segments` of
+            them (0: since the fit began), and one less, for one that died before it could tell of the last.
         is_final: nothing more is trained, and averages have taken the weights' place.
         has_ended: `on_train_end` was called, too, and agreed on.
     """
@@ -189,7 +190,7 @@ class Handover:
     knowledge: Knowledge
     stop: bool
     leads: bool
-    draws: Sequence[int]
+    draws: Mapping[int, Sequence[int]]
     is_final: bool
     has_ended: bool
 
@@ -201,6 +202,7 @@ class Lost:
     Attributes:
         own: what each rank alone had, if they have told it: where new ones take the places of the dead, of every rank,
             in rank order (those that live on keep what they have), else of the dead.
+        segments: how many were finished when it was told.
         is_older: it was told in an epoch before.
         callbacks: where rank 0 died, the states of the callbacks that ran there alone; None in the others' places.
     """
@@ -208,6 +210,7 @@ class Lost:
     own: tuple[Mapping[str, Array], ...] = ()
     is_older: bool = False
     callbacks: CallbackStates = field(default_factory=list)
+    segments: int = 0
 
     def completed(self, fit: SavedFit) -> SavedFit:
         """What a rank that lives has handed over, with that in it."""

@@ -96,7 +96,7 @@ class RankFit:
         self._is_validation_astray = False
         self._part: UnderWay | None = None
         self._segments = 0
-        self._seeds: list[list[int]] | None = None  # as they were when the fit began, or after the last segment
+        self._seeds: dict[int, list[list[int]]] = {}  # as they were after so many segments: the last, and one before
         self._result: SegmentResult | None = None
 
     # --- undisturbed
@@ -110,7 +110,7 @@ class RankFit:
         if saved is not None:
             self._go_on_from(saved)
         if saved is None or saved.own:
-            self._seeds = seeds_of(self._model)
+            self._seeds = {0: seeds_of(self._model)}
 
     def run(self, segment: Segment) -> SegmentResult:
         """Train the segment's steps; where it ends an epoch, validate and call the epoch's hooks too."""
@@ -290,8 +290,9 @@ class RankFit:
             spent=part.spent,
         )
         self._part = None
+        before = {self._segments: self._seeds[self._segments]} if self._segments in self._seeds else {}
         self._segments += 1
-        self._seeds = seeds_of(self._model)
+        self._seeds = {**before, self._segments: seeds_of(self._model)}
         return self._result
 
     def _end_epoch(self, part: UnderWay, epoch: int) -> EpochEnd:
@@ -412,13 +413,18 @@ class RankFit:
             self._replica.knowledge,
             bool(self._model.stop_training),
             self._callbacks.leads,
-            draws_between(self._seeds, seeds_of(self._model)) if self._seeds is not None else (),
+            {after: draws_between(seeds, seeds_of(self._model)) for after, seeds in self._seeds.items()},
             self._is_final,
             self._has_ended,
         )
 
-    def take_over(self, handover: Handover) -> None:
-        """Be, from the beginning, where the rank is that hands over: for a newcomer that began with `handover.fit`."""
+    def take_over(self, handover: Handover, lost: Lost) -> None:
+        """Be, from the beginning, where the rank is that hands over: for a newcomer that began with `handover.fit`.
+
+        Args:
+            handover: of that rank.
+            lost: what the one has told last in whose place this is.
+        """
         self._model.stop_training = handover.stop
         self._replica.knowledge = handover.knowledge
         self._segments, self._result = handover.segments, handover.result
@@ -427,18 +433,31 @@ class RankFit:
         part = handover.part
         if isinstance(self._validation, StreamLoader) and part is not None and part.validation is not None:
             self._validation.skip_passes(1)
-        self._take_over_callbacks(handover)
+        self._take_over_callbacks(handover, lost)
+        if self._seeds:
+            self._seeds = {lost.segments: self._seeds[0]}
         self.catch_up(handover)
 
-    def _take_over_callbacks(self, handover: Handover) -> None:
+    def _take_over_callbacks(self, handover: Handover, lost: Lost) -> None:
         part = handover.part
         begun_since = handover.has_begun and part is not None and part.segment.position.step == 0
         is_behind = self._callbacks.leads and not handover.leads  # the callbacks' state is lost from there on
+        if is_behind and handover.result is not None and handover.segments > lost.segments:
+            self._make_up_for_segment(handover.result)
         if is_behind and begun_since:
             self._callbacks.make_up_for("on_epoch_begin", self._position.epoch)
         if is_behind and handover.has_ended:
             self._callbacks.make_up_for("on_train_end", logs=self._replica.nested("train", self._epoch_logs))
         self._callbacks.take_over(handover.half_done, handover.hooks, is_behind)
+
+    def _make_up_for_segment(self, result: SegmentResult) -> None:
+        """Of a segment of which the one that died could not tell any more: its epoch's hooks."""
+        end = result.epoch_end
+        if end is None:
+            return
+        if result.num_steps == self._feed.steps_in_epoch(end.epoch):
+            self._callbacks.make_up_for("on_epoch_begin", end.epoch)
+        self._callbacks.make_up_for("on_epoch_end", end.epoch, logs=self._replica.nested("train", end.logs))
 
     def resize(self, handover: Handover, lost: Lost) -> dict[str, Array]:
         """Be where the rank is that hands over, in a group of another size; the collective knows its place there.
@@ -462,7 +481,7 @@ class RankFit:
             self._add(lost)
         self._come_to(handover)
         self._replica.spread_seeds()
-        self._seeds = seeds_of(self._model)
+        self._seeds = {self._segments: seeds_of(self._model)}
         return read_own(self._model, self._replica.metrics)
 
     def _add(self, lost: Lost) -> None:
@@ -480,13 +499,14 @@ class RankFit:
         prepare_resume(self._callbacks.with_state(), states)
         self._callbacks.lead()
         restore_states(self._callbacks.with_state(), states)
-        self._take_over_callbacks(handover)
+        self._take_over_callbacks(handover, lost)
 
     def catch_up(self, handover: Handover) -> None:
         """Make the update that the rank that hands over is ahead by (see `Standing.can_catch_up_with`)."""
         self._come_to(handover)
-        if self._seeds is not None and handover.draws:  # numbers of its own, which hang on nobody else's
-            draw_on(self._model, self._seeds, handover.draws)
+        known = [after for after in self._seeds if after in handover.draws]
+        if known:  # numbers of its own, which hang on nobody else's
+            draw_on(self._model, self._seeds[max(known)], handover.draws[max(known)])
         else:
             self._replica.spread_seeds()
 

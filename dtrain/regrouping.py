@@ -80,6 +80,7 @@ class Regrouping:
         self._recoveries = recoveries
         self._failure = failure
         self._last: list[SegmentResult] = []  # of them, what each rank returned
+        self._told = 0  # so many segments were finished then
         self._is_to_grow, self._may_grow = False, True
         self._is_resizing = False  # ranks may yet be as in the group before
         self._handover: Any = None  # what the furthest rank told, until a recovery has come to its end
@@ -87,7 +88,7 @@ class Regrouping:
     def keep(self, answers: Sequence[SegmentResult]) -> None:
         """What the ranks have returned of a segment; of those that die, that is all that is known."""
         if len(answers) == len(self._group.workers):
-            self._last = list(answers)
+            self._last, self._told = list(answers), self._fit.segments
 
     def has_newcomers(self) -> bool:
         """Whether workers wait to be taken in."""
@@ -141,6 +142,7 @@ class Regrouping:
         if self._last:
             first = self._last[0]
             self._last = [replace(first, own=o, callbacks=() if n else first.callbacks) for n, o in enumerate(own)]
+            self._told = self._fit.segments
         self._fit.listen()
 
     def _goes_on_without(self, num_left: int) -> bool:
@@ -251,14 +253,14 @@ class Regrouping:
         last, position = self._last, self._record.position
         own = tuple(result.own for result in last) if all(result.own for result in last) else ()
         is_older = bool(last) and (last[0].position.epoch < position.epoch or last[0].position.step == 0)
-        return Lost(own, is_older, list(last[0].callbacks) if last and is_first else [])
+        return Lost(own, is_older, list(last[0].callbacks) if last and is_first else [], self._told)
 
     def _shrink(self, dead: Sequence[int]) -> None:
         """Let those that live go on as a smaller group."""
         group = self._group
         told = self._lost(is_first=0 in dead)
         own = tuple(told.own[rank] for rank in dead) if told.own and not told.is_older else ()
-        lost = Lost(own, callbacks=told.callbacks)
+        lost = Lost(own, callbacks=told.callbacks, segments=told.segments)
         self._checkpointer.finish()  # its calls go by the numbers that ranks have by now
         left = [result for rank, result in enumerate(self._last) if rank not in dead]
         if left:  # what callbacks on rank 0 alone have told is the new one's, as the dead ones' sums are

@@ -232,7 +232,7 @@ class Worker:
             saved = lost.completed(handover.fit)
         self._replica.begin_fit(plan, train, validation, hooks.callbacks, hooks.verbose, saved)
         if handover is not None:
-            self._replica.fit.take_over(handover)
+            self._replica.fit.take_over(handover, lost)
         return constant_rate(self._replica.model)
 
     @_reported
@@ -242,6 +242,7 @@ class Worker:
             result: SegmentResult = self._replica.run(segment)
         finally:
             self._replica.rest()
+        self._strikes("answer")
         return result if self._rank == 0 else replace(result, step_logs={})
 
     @_reported

@@ -215,6 +215,16 @@ def test_workers_may_die_in_any_phase_one_after_the_other(undisturbed: Outcome) 
     assert epochs_on_record("any-phase") == [epoch * STEPS + STEPS - 1 for epoch in range(EPOCHS)]
 
 
+@pytest.mark.parametrize(("rank", "segment"), [(0, 1), (0, 2), (1, 2)])
+def test_what_a_worker_had_finished_and_could_not_tell_is_not_lost(
+    undisturbed: Outcome, rank: int, segment: int
+) -> None:
+    """Its random numbers are drawn on, and the hooks of its epoch are known."""
+    found = train(f"untold-{rank}-{segment}", kill(rank=rank, step=segment, phase="answer"))
+    assert_same_end(found, undisturbed)
+    assert [recovery.steps_redone for recovery in found.history.recoveries] == [0]
+
+
 def make_averaged() -> Any:
     """Averages take the weights' place in the end, and the best epoch's weights theirs."""
     model = make_model()
