@@ -107,15 +107,17 @@ def test_a_process_that_hangs_on_another_node_is_ended_there(two_workers: Driver
 
 @pytest.mark.timeout(600)
 def test_a_group_follows_its_cluster_up_and_down_and_up(nodes: Nodes, tmp_path: Path) -> None:
-    driver = Driver(nodes, tmp_path, (1, 3), [2, 3, 2, 3])
+    """Where ranks were not at one place when one died, another leaves, and joins again: down may go by 1."""
+    driver = Driver(nodes, tmp_path, (1, 3), [3])
     try:
         driver.wait_for_sizes(2)
         nodes.add()
         driver.wait_for_sizes(2, 3)
         nodes.kill(driver.workers()[1][0])
-        driver.wait_for_sizes(2, 3, 2)
+        driver.wait_until(lambda: driver.sizes()[-1] < 3, "down")
+        driver.wait_for_sizes(2)
         nodes.add()
-        driver.wait_for_sizes(2, 3, 2, 3)
+        driver.wait_for_sizes(3)
         found = driver.end()
     finally:
         driver.close()
