@@ -386,10 +386,10 @@ class FitRun:
             self._tracker.log_figure(figure, CURVES)
         tracking = self._trainer.tracking
         if tracking is not None and tracking.log_model:
-            from dtrain.keras_internals import has_call
-
             self._display.status("logging the model")
             model = self._trainer.model
+            from dtrain.keras_internals import has_call  # with what has been imported in silence by now
+
             if not has_call(model):
                 self._display.note("the model has no call, so it is not logged: nobody could predict with it")
                 return

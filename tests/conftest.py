@@ -114,7 +114,10 @@ def gs() -> Iterator[str]:
 @pytest.fixture(scope="session", params=[s3, gs])
 def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
     """The URL of one."""
+    import fsspec
+
     with request.param() as url:
+        fsspec.get_filesystem_class(url.partition(":")[0]).clear_instance_cache()  # of another server before
         yield url
 
 
