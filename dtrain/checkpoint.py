@@ -151,11 +151,11 @@ class Staging:
 
     def _write(self, name: str, parts: Sequence[bytes | memoryview], layout: Layout | None) -> FileRecord:
         _check_name(name, self.url)
-        fix = "free space, or choose another storage_path"
-        if Folder(self.url).is_local and not os.path.isdir(Folder(self.url).url):
+        folder, fix = Folder(self.url), "free space, or choose another storage_path"
+        if folder.is_local and not os.path.isdir(folder.url):
             fix = f"that folder is not on this machine: {SHARED}"
         with _as_checkpoint_error(f"{self.url}/{name}", "written", fix):
-            Folder(self.url).write(name, *parts)
+            folder.write(name, *parts)
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part)

@@ -162,7 +162,7 @@ class Folder:
         # File by file: fsspec's rm expands globs.
         for path in self._fs.find(self.path):
             self._fs.rm_file(path)
-        with suppress(OSError, NotImplementedError):
+        with suppress(OSError, NotImplementedError):  # object stores have no folders, and some no word for them
             self._fs.rmdir(self.path)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,11 @@ class Followed:
     Args:
         folder: where it works.
         patience: seconds after which what has not happened counts as never.
+        code: its exit code; None: it is at work.
     """
 
-    def __init__(self, folder: Path, patience: float) -> None:
-        self._folder, self._patience = folder, patience
-
-    def code(self) -> int | None:
-        """Its exit code; None: it is at work."""
-        raise NotImplementedError
+    def __init__(self, folder: Path, patience: float, code: Callable[[], int | None]) -> None:
+        self._folder, self._patience, self.code = folder, patience, code
 
     def workers(self) -> list[tuple[str, int]]:
         """Node and process of each that is there, in rank order; fewer than ranks while one is replaced."""

@@ -118,14 +118,11 @@ class Driver(Followed):
     """A program that trains, on the first of them."""
 
     def __init__(self, machines: Machines, folder: Path) -> None:
-        super().__init__(folder, DEADLINE)
         machines.environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
         here = (f"{machines.ADDRESSES[0]}:6379", str(folder))
         train = f"train(*{here!r}, 2, [2, 1], on_loss='shrink', hang_timeout={HANG_TIMEOUT})"
-        self._program = machines.run(0, sys.executable, "-c", f"from followed import train; {train}")
-
-    def code(self) -> int | None:
-        return self._program.poll()
+        program = machines.run(0, sys.executable, "-c", f"from followed import train; {train}")
+        super().__init__(folder, DEADLINE, program.poll)
 
 
 @pytest.mark.timeout(400)

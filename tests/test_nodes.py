@@ -48,14 +48,11 @@ class Driver(Followed):
     """A process that trains on them."""
 
     def __init__(self, nodes: Nodes, folder: Path, num_workers: Any, wanted: list[int]) -> None:
-        super().__init__(folder, patience=240.0)
         arguments = nodes.address, str(folder), num_workers, wanted
         options = {"hang_timeout": HANG_TIMEOUT}
         self._process = multiprocessing.get_context("spawn").Process(target=train, args=arguments, kwargs=options)
+        super().__init__(folder, 240.0, lambda: self._process.exitcode)
         self._process.start()
-
-    def code(self) -> int | None:
-        return self._process.exitcode
 
     def close(self) -> None:
         if self._process.is_alive():

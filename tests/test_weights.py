@@ -1,6 +1,5 @@
 """Claims about the job's weights as the driver sees them; the workers are a Replica in this process."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,13 +134,17 @@ def test_it_outlives_workers_that_only_predict_and_weights_that_are_set(weights:
     assert same(again.state(), first.state())
 
 
-def test_it_is_restored_from_a_checkpoint(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_another", [False, True])
+def test_it_is_restored_from_a_checkpoint(
+    weights: Weights, is_another: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of another model with the same shapes, too, which is said once."""
     first = Group().train()
     tensors = {checkpoints.MODEL_FILE: first.replica.read_state(), "rank-0000.safetensors": {}}
-    digests = "another", describe(first.replica.model).structure
+    digest = "another" if is_another else describe(first.replica.model).structure
     loaded = SimpleNamespace(
         tensors=tensors,
-        manifest=SimpleNamespace(world_size=1, model_digest=digests[0]),
+        manifest=SimpleNamespace(world_size=1, model_digest=digest),
         checkpoint=SimpleNamespace(url="there"),
     )
     monkeypatch.setattr("dtrain.weights.load", lambda url: loaded)
@@ -150,6 +153,7 @@ def test_it_is_restored_from_a_checkpoint(weights: Weights, tmp_path: Path, monk
     second = Group(8).build()
     weights.deliver(second)
     assert same(second.state(), first.state())
+    assert caplog.text.count("there is of another model") == is_another
 
 
 def test_workers_that_die_before_a_step_is_trained_are_followed_by_some_with_the_same_weights(

@@ -421,7 +421,7 @@ def _for_each_output(y: Tree, sample_weight: Tree) -> Tree:
         return sample_weight
     if isinstance(sample_weight, (Mapping, tuple)):
         targets, weights = ([path for path, _ in _walk("", tree)] for tree in (y, sample_weight))
-        places = [path for path, _ in _walk("", _with_none_as(False, sample_weight))]  # None: each row counts once
+        places = [path for path, _ in _walk("", _without_none(sample_weight))]  # None: each row counts once
         if not set(weights) <= set(targets) <= set(places):
             raise DataError(
                 "You should provide one `sample_weight` array per output in `y`, or None. The two structures did not"
@@ -436,12 +436,13 @@ def _for_each_output(y: Tree, sample_weight: Tree) -> Tree:
     return map_tree(lambda _: sample_weight, y)
 
 
-def _with_none_as(value: Any, tree: Tree) -> Tree:
+def _without_none(tree: Tree) -> Tree:
+    """The same structure with a leaf in each place that has none."""
     if isinstance(tree, Mapping):
-        return {key: _with_none_as(value, part) for key, part in tree.items()}
+        return {key: _without_none(part) for key, part in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return tuple(_with_none_as(value, part) for part in tree)
-    return value if tree is None else tree
+        return tuple(map(_without_none, tree))
+    return False if tree is None else tree
 
 
 def _weights_by_class(y: Tree, sample_weight: Tree, class_weight: Mapping[int, float]) -> npt.NDArray[np.float64]:
