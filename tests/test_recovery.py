@@ -417,12 +417,14 @@ def test_a_step_that_kills_again_and_again_ends_the_fit_and_is_named() -> None:
 
 
 def test_a_worker_that_hangs_counts_as_dead(undisturbed: Outcome) -> None:
-    faults = stop(rank=1, step=5), delay(rank=0, step=2, seconds=600, phase="callback")
+    ending = stop(rank=1, step=0, phase="shutdown", life=1)  # where nothing more is trained
+    faults = stop(rank=1, step=5), delay(rank=0, step=2, seconds=600, phase="callback"), ending
     found = train("hangs", *faults, failure=dtrain.FailureConfig(hang_timeout=8))
     assert_same_end(found, undisturbed)
-    stopped, waited = found.history.recoveries
+    stopped, waited, ended = found.history.recoveries
     assert stopped.rank == 1 and "it hung: the process has not answered for" in stopped.cause
     assert waited.rank == 0 and "it was in callbacks, on_epoch_end (hang_timeout=8)" in waited.cause
+    assert ended.rank == 1 and "has not answered for" in ended.cause and ended.steps_redone == 0
 
 
 class WithoutState(keras.callbacks.Callback):  # type: ignore[misc]
