@@ -33,8 +33,9 @@ def test_a_submitted_job_carries_the_mlflow_run_in_its_metadata(local_ray: None,
     (in_tmp / "script.py").write_text(SCRIPT)
     client = JobSubmissionClient(f"http://{ray._private.worker.global_worker.node.webui_url}")
     environment = {"MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
+    address = ray.get_runtime_context().gcs_address  # Ray gives a job that of the machine's youngest Ray
     job = client.submit_job(
-        entrypoint=f"cd {in_tmp} && {sys.executable} script.py",
+        entrypoint=f"cd {in_tmp} && RAY_ADDRESS={address} {sys.executable} script.py",
         metadata={"team": "vision"},
         runtime_env={"env_vars": environment},
     )
