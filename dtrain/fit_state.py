@@ -68,6 +68,7 @@ class SavedFit:
         stopped: a callback had stopped the training.
         finished: the fit was over, its averages or best weights in place.
         has_begun: the hook of the epoch that `position` is in was called.
+        is_own_told: `own` is what ranks that are lost have told last, which is without gradients.
         is_own_older: `own` is of an epoch before: metrics have begun anew since.
         batches: a checksum of the batches before `position`; None where data have rows, or nobody knows.
     """
@@ -82,6 +83,7 @@ class SavedFit:
     stopped: bool = False
     finished: bool = False
     has_begun: bool = False
+    is_own_told: bool = False
     is_own_older: bool = False
     batches: int | None = None
 
@@ -112,7 +114,7 @@ class Standing:
         hooks: twice how many hooks of the fit it has called and the ranks agreed on, and one more where there is one
             that they have yet to agree on.
         result: of the last segment that it has finished.
-        goes_on: the fit can go on from here in another group; not where this rank alone knew what is lost with one.
+        goes_on: the fit can go on from here in another group; not where nobody could find out what is lost with one.
     """
 
     segments: int
@@ -214,7 +216,8 @@ class Lost:
 
     def completed(self, fit: SavedFit) -> SavedFit:
         """What a rank that lives has handed over, with that in it."""
-        return replace(fit, own=self.own, is_own_older=self.is_older, callbacks=self.with_callbacks_of(fit))
+        callbacks = self.with_callbacks_of(fit)
+        return replace(fit, own=self.own, is_own_told=True, is_own_older=self.is_older, callbacks=callbacks)
 
     def with_callbacks_of(self, fit: SavedFit) -> CallbackStates:
         """The states of all callbacks: what was handed over is newer than what the dead have told."""

@@ -56,7 +56,9 @@ __all__ = [
     "schedule_of",
     "seed_generators_of",
     "set_keras_mask",
+    "set_steps_since_update",
     "state_variables_of",
+    "steps_since_update",
     "unpack_x_y_sample_weight",
 ]
 
@@ -162,6 +164,15 @@ def schedule_of(optimizer: keras.optimizers.Optimizer) -> Any:
 def is_update_step(optimizer: keras.optimizers.Optimizer) -> Any:
     """Whether the next `apply` of an optimizer that accumulates updates the weights: a scalar tensor of bool."""
     return (optimizer._iterations + 1) % optimizer.gradient_accumulation_steps == 0
+
+
+def steps_since_update(optimizer: keras.optimizers.Optimizer) -> int:
+    """How many mini-batches an optimizer has accumulated the gradients of, and not applied."""
+    return int(optimizer._iterations) % int(optimizer.gradient_accumulation_steps)
+
+
+def set_steps_since_update(optimizer: keras.optimizers.Optimizer, steps: int) -> None:
+    optimizer._iterations.assign_sub(steps_since_update(optimizer) - steps)
 
 
 def profiles(board: keras.callbacks.TensorBoard) -> bool:

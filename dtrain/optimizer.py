@@ -23,10 +23,9 @@ from unittest.mock import patch
 import keras
 import tensorflow as tf
 
+from dtrain.accumulation import reduce_window, sums_locally
 from dtrain.collective import Collective
 from dtrain.errors import ConfigError
-from dtrain.keras_internals import accumulators_of, is_update_step
-from dtrain.model import optimizers_of
 
 
 @dataclass
@@ -159,7 +158,7 @@ def _patched(optimizer: keras.optimizers.Optimizer, index: int, reduction: Reduc
         else:
             # A custom train_step may never call scale_loss; the gradients then carry no share yet.
             shared = grads if reduction.scaled[index] else [_times(grad, reduction.share) for grad in grads]
-            reduce_them = _reduce_window(optimizer, trainable_variables) if sums_locally(optimizer) else reduce
+            reduce_them = reduce_window(optimizer, trainable_variables) if sums_locally(optimizer) else reduce
             reduction.reduced += 1
             grads = reduce_them(shared, f"gradients{index}.{reduction.reduced}", reduction)
         dependencies = [part for grad in grads for part in _tensors_of(grad)]
@@ -287,64 +286,6 @@ def reduce(grads: Sequence[Any], name: str, reduction: Reduction) -> list[Any]:
             result[index] = _gather(grad, f"{name}.sparse{index}", reduction)
     reduction.make_equal(statistics, received[len(dense) :])
     return result
-
-
-def sums_locally(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether each rank accumulates its own gradients, which are reduced once for each update.
-
-    Where the loss is scaled, every mini-batch's gradients are reduced: whether they are finite is known of the sum.
-    """
-    accumulates = getattr(optimizer, "gradient_accumulation_steps", None)
-    return bool(accumulates) and optimizer.built and optimizer.loss_scale_factor is None
-
-
-def _reduce_window(optimizer: keras.optimizers.Optimizer, variables: Any) -> Callable[..., list[Any]]:
-    """`reduce` for an optimizer that accumulates: in the step that updates, all that the ranks have accumulated.
-
-    In the other steps gradients stay local. Keras adds a sparse one to a dense accumulator, so all are dense here.
-    """
-
-    def reduce_window(grads: Sequence[Any], name: str, reduction: Reduction) -> list[Any]:
-        present = [index for index, grad in enumerate(grads) if grad is not None]
-        own = [tf.convert_to_tensor(grads[index]) for index in present]
-        every = accumulators_of(optimizer, variables)
-        accumulators = [every[index] for index in present]
-
-        def update() -> list[tf.Tensor]:
-            totals = [accumulator.value + grad for accumulator, grad in zip(accumulators, own, strict=True)]
-            reduced = reduction.collective.all_reduce(totals, name)
-            with tf.control_dependencies(reduced):
-                for accumulator in accumulators:  # Keras adds them to what it is given
-                    accumulator.assign(tf.zeros_like(accumulator.value))
-            return reduced
-
-        result = list(grads)
-        reduced = tf.cond(is_update_step(optimizer), update, lambda: [tf.identity(grad) for grad in own])
-        for index, grad in zip(present, reduced, strict=True):
-            result[index] = grad
-        return result
-
-    return reduce_window
-
-
-def collect_accumulated(model: keras.Model, collective: Collective) -> None:
-    """Move what the ranks have accumulated since the last update to rank 0. The sum stays the same. Collective."""
-    for number, optimizer in enumerate(optimizers_of(model)):
-        if sums_locally(optimizer):
-            accumulators = [variable for variable in accumulators_of(optimizer) if variable is not None]
-            values = [tf.convert_to_tensor(variable.value) for variable in accumulators]
-            sums = collective.all_reduce(values, f"accumulated{number}")
-            for variable, total in zip(accumulators, sums, strict=True):
-                variable.assign(total if collective.rank == 0 else tf.zeros_like(total))
-
-
-def drop_accumulated(model: keras.Model) -> None:
-    """Forget what this rank has accumulated since the last update; another has it."""
-    for optimizer in optimizers_of(model):
-        if sums_locally(optimizer):
-            for variable in accumulators_of(optimizer):
-                if variable is not None:
-                    variable.assign(tf.zeros_like(variable.value))
 
 
 def _gather(grad: tf.IndexedSlices, name: str, reduction: Reduction) -> tf.IndexedSlices:

@@ -10,11 +10,13 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
 
+from dtrain.accumulation import accumulate_anew, num_accumulated
 from dtrain.callback_checkpoint import (
     matched,
     prepare_resume,
@@ -24,10 +26,10 @@ from dtrain.callback_checkpoint import (
 )
 from dtrain.callbacks import RankCallbacks
 from dtrain.collective import is_lost_peer
-from dtrain.data.loader import Chunk, Feed, chunks_of
+from dtrain.data.loader import Chunk, Feed, chunks_of, steps_before
 from dtrain.data.stream import StreamLoader
 from dtrain.errors import LostPeer, ReplicasDiffer
-from dtrain.fit_state import Handover, Lost, SavedFit, Snapshot, Standing
+from dtrain.fit_state import ACCUMULATED, Handover, Lost, SavedFit, Snapshot, Standing
 from dtrain.hardware import cpu
 from dtrain.metrics import last_of
 from dtrain.model import (
@@ -35,12 +37,10 @@ from dtrain.model import (
     draw_on,
     draws_between,
     learning_rate,
-    optimizers_of,
     seeds_of,
     write_state,
 )
-from dtrain.optimizer import sums_locally
-from dtrain.rank_state import add_own, check_own, checksum_of_shared, read_own, write_own
+from dtrain.rank_state import METRIC, add_own, check_own, checksum_of_shared, read_own, read_sums_and_seeds, write_own
 from dtrain.types import Array, EpochEnd, FitPlan, Logs, Position, Progress, Segment, SegmentResult
 from dtrain.under_way import UnderWay
 
@@ -214,11 +214,16 @@ class RankFit:
             raise
 
     def _meet_faults(self, chunk: Chunk) -> None:
-        """What a test has planned for steps goes by their number in the fit, as far as epochs are known to have any."""
-        epochs = range(self._plan.initial_epoch, self._position.epoch)
-        step = sum(self._feed.steps_in_epoch(epoch) or 0 for epoch in epochs) + chunk.first_step
+        step = self._step_of_fit(self._position.epoch, chunk)
         self._replica.strikes("data", step, chunk.num_steps)
         self._replica.strikes.call_begins(step)
+
+    def _step_of_fit(self, epoch: int, chunk: Chunk) -> int:
+        """The number that a test plans a fault for, as far as epochs are known to have any."""
+        return (
+            sum(self._feed.steps_in_epoch(each) or 0 for each in range(self._plan.initial_epoch, epoch))
+            + chunk.first_step
+        )
 
     def _is_end(self, position: Position) -> bool:
         return position.step == self._feed.steps_in_epoch(position.epoch)
@@ -283,8 +288,8 @@ class RankFit:
             learning_rate=learning_rate(self._model),
             epoch_end=epoch_end,
             stop=self._stopped,
-            own=read_own(self._model, self._replica.metrics) if self._can_be_told else {},
-            callbacks=self._callbacks.told_of_first() if self._can_be_told else (),
+            own=read_sums_and_seeds(self._model, self._replica.metrics) if self._has_others else {},
+            callbacks=self._callbacks.told_of_first() if self._has_others else (),
             not_finite_from=part.not_finite_from(self._replica.metrics.is_of_loss()),
             skipped=part.skipped,
             spent=part.spent,
@@ -346,7 +351,7 @@ class RankFit:
         """Check it, find each callback's state, and get ready what `on_train_begin` would otherwise begin anew."""
         check_state(self._model, saved.state)
         if saved.own:
-            check_own(self._model, self._replica.metrics, saved.own, _own_is_of_epoch(saved))
+            check_own(self._model, self._replica.metrics, saved.own, _needed(saved))
         states, notes = matched(self._callbacks.with_state(), saved.callbacks)
         if self._collective.rank == 0:
             prepare_resume(self._callbacks.with_state(), states)
@@ -366,21 +371,36 @@ class RankFit:
             self._validation.skip_passes(self._num_validated(saved.position.epoch))
         self._replica.write_state(dict(saved.state))
         if saved.own:
-            write_own(self._model, self._replica.metrics, saved.own, self._collective, _own_is_of_epoch(saved))
+            write_own(self._model, self._replica.metrics, saved.own, self._collective, _needed(saved))
         if saved.is_own_older:
             self._model.reset_metrics()
 
     # --- in another group
 
     @property
-    def _can_change_places(self) -> bool:
-        """Whether a rank can be put in another's place: not where each has accumulated gradients of its own."""
-        return not any(map(sums_locally, optimizers_of(self._model)))
+    def _has_others(self) -> bool:
+        return self._collective.world_size > 1
 
-    @property
-    def _can_be_told(self) -> bool:
-        """The same, where there is another."""
-        return self._collective.world_size > 1 and self._can_change_places
+    def _since_update(self) -> list[Segment] | None:
+        """The mini-batches that are accumulated and not applied; None: they cannot be gone through again."""
+        number = num_accumulated(self._model)
+        if number is None or (number and self._replica.has_own_step):
+            return None
+        position = self._part.position if self._part is not None else self._position
+        return steps_before(self._feed, position, number, self._plan.initial_epoch)
+
+    def _accumulate_anew(self) -> None:
+        steps = (
+            partial(self._train_again, segment.position.epoch, chunk)
+            for segment in self._since_update() or ()
+            for chunk in self._feed.chunks(segment.position.epoch, segment.position.step, segment.num_steps, 1)
+        )
+        accumulate_anew(self._model, self._replica.metrics, steps)
+
+    def _train_again(self, epoch: int, chunk: Chunk) -> None:
+        self._replica.strikes.call_begins(self._step_of_fit(epoch, chunk))
+        self._replica.call("train", chunk)
+        self._replica.beat("the gradients since the last update")
 
     def standing(self) -> Standing:
         """How far this rank is, once its last call has ended, well or not."""
@@ -392,7 +412,7 @@ class RankFit:
             stage = self._is_final + self._has_ended
         steps = part.steps if part is not None else 0
         hooks = 2 * self._callbacks.completed + (self._callbacks.half_done is not None)
-        return Standing(self._segments, steps, stage, hooks, self._result, self._can_change_places)
+        return Standing(self._segments, steps, stage, hooks, self._result, self._since_update() is not None)
 
     def hand_over(self) -> Handover:
         """What a rank that is behind, or new, has to know to be where this one is. Changes nothing."""
@@ -482,7 +502,7 @@ class RankFit:
         self._come_to(handover)
         self._replica.spread_seeds()
         self._seeds = {self._segments: seeds_of(self._model)}
-        return read_own(self._model, self._replica.metrics)
+        return read_sums_and_seeds(self._model, self._replica.metrics)
 
     def _add(self, lost: Lost) -> None:
         """Make what ranks that are no more had of the metrics' sums this rank's: now, and after each step."""
@@ -537,6 +557,7 @@ class RankFit:
         here = [self.standing().place, self._hooks.place, self._callbacks.half_done, self._replica.own_logs]
         if len({json.dumps(place) for place in self._collective.all_gather_json(here, "place")}) > 1:
             raise LostPeer("after a recovery the ranks are not at one place")
+        self._accumulate_anew()
         if part is None:
             return None
         part.ended |= self._has_begun and part.steps > 0 and self._is_end(part.position)
@@ -548,8 +569,10 @@ class RankFit:
         return self._finish(part)
 
 
-def _own_is_of_epoch(saved: SavedFit) -> bool:
-    return saved.position.step > 0 and not saved.is_own_older
+def _needed(saved: SavedFit) -> tuple[str, ...]:
+    """What must be there of what each rank alone had: when an epoch begins, metrics begin anew."""
+    in_epoch = saved.position.step > 0 and not saved.is_own_older
+    return (METRIC,) * in_epoch + (ACCUMULATED,) * (not saved.is_own_told)
 
 
 def _numbers(logs: Logs) -> Logs:

@@ -14,14 +14,13 @@ from typing import Any
 import keras
 import numpy as np
 
+from dtrain.accumulation import local_accumulators
 from dtrain.collective import Collective
 from dtrain.data.source import content_of
 from dtrain.errors import CheckpointError
 from dtrain.fit_state import ACCUMULATED, place_of
-from dtrain.keras_internals import accumulators_of
 from dtrain.metrics import MetricState
-from dtrain.model import named_variables, optimizers_of, seed_states_of, value_of
-from dtrain.optimizer import sums_locally
+from dtrain.model import named_variables, seed_states_of, value_of
 from dtrain.types import Array
 
 Own = Mapping[str, Array]
@@ -34,12 +33,16 @@ METRIC, SEED = "metric/", "seed/"
 
 def read_own(model: keras.Model, metrics: MetricState) -> dict[str, Array]:
     """Copies of it, by name."""
-    variables = _variables(model, metrics)
-    return {name: value_of(variable) for name, variable in variables.items()} | _generators()
+    return read_sums_and_seeds(model, metrics) | _read(_accumulators(model))
+
+
+def read_sums_and_seeds(model: keras.Model, metrics: MetricState) -> dict[str, Array]:
+    """The same without gradients, which may be as large as the model."""
+    return _read(_sums_and_seeds(model, metrics)) | _generators()
 
 
 def write_own(
-    model: keras.Model, metrics: MetricState, every: Sequence[Own], collective: Collective, in_epoch: bool
+    model: keras.Model, metrics: MetricState, every: Sequence[Own], collective: Collective, needed: tuple[str, ...]
 ) -> None:
     """Put back what the ranks had. Every rank calls it; none waits for another.
 
@@ -48,16 +51,15 @@ def write_own(
         metrics: its metrics.
         every: what each rank had, in rank order.
         collective: of the ranks that there are now.
-        in_epoch: it was taken within an epoch. When the next one begins, metrics are reset: of metrics that are not
-            what they were, nothing is put back then.
+        needed: the kinds, METRIC or ACCUMULATED, that must be what they were. Of another, nothing is put back then.
 
     Raises:
         CheckpointError: it is of another model or of other metrics; nothing was changed.
     """
-    check_own(model, metrics, every, in_epoch)
+    check_own(model, metrics, every, needed)
     rank = collective.rank
     same_ranks = len(every) == collective.world_size
-    for name, variable in _variables(model, metrics).items():
+    for name, variable in (_sums_and_seeds(model, metrics) | _accumulators(model)).items():
         values = [own[name] for own in every if _is_of(variable, own.get(name))]
         if len(values) < len(every) or (name.startswith(SEED) and not same_ranks):
             continue
@@ -84,7 +86,7 @@ def checksum_of_shared(model: keras.Model) -> int:
 
     Integers are left out: layers may count their own rows.
     """
-    accumulated = [v for optimizer in filter(sums_locally, optimizers_of(model)) for v in accumulators_of(optimizer)]
+    accumulated = local_accumulators(model)
     checksum = 0
     for name, variable in named_variables(model).items():
         is_each_ones = name.startswith(("seeds/", "random/")) or any(variable is other for other in accumulated)
@@ -93,16 +95,16 @@ def checksum_of_shared(model: keras.Model) -> int:
     return checksum
 
 
-def check_own(model: keras.Model, metrics: MetricState, every: Sequence[Own], in_epoch: bool) -> None:
+def check_own(model: keras.Model, metrics: MetricState, every: Sequence[Own], needed: tuple[str, ...]) -> None:
     """Refuse what `write_own` would refuse.
 
     Raises:
         CheckpointError: it is of another model or of other metrics, or holds what is no state of a generator.
     """
-    kinds = (METRIC, ACCUMULATED) if in_epoch else (ACCUMULATED,)
-    variables = {name: v for name, v in _variables(model, metrics).items() if name.startswith(kinds)}
+    every_variable = _sums_and_seeds(model, metrics) | _accumulators(model)
+    variables = {name: variable for name, variable in every_variable.items() if name.startswith(needed)}
     for own in every:
-        for name in sorted(variables.keys() | {name for name in own if name.startswith(kinds)}):
+        for name in sorted(variables.keys() | {name for name in own if name.startswith(needed)}):
             known, saved = variables.get(name), own.get(name)
             if known is None or not _is_of(known, saved):
                 raise CheckpointError(
@@ -117,14 +119,19 @@ def _is_of(variable: Any, value: Array | None) -> bool:
     return value is not None and tuple(variable.shape) == value.shape and variable.dtype == value.dtype.name
 
 
-def _variables(model: keras.Model, metrics: MetricState) -> dict[str, Any]:
+def _read(variables: Mapping[str, Any]) -> dict[str, Array]:
+    return {name: value_of(variable) for name, variable in variables.items()}
+
+
+def _sums_and_seeds(model: keras.Model, metrics: MetricState) -> dict[str, Any]:
     found = {f"{METRIC}{index:06d}": variable for index, variable in enumerate(metrics.variables)}
     found.update((f"{SEED}{index:06d}", variable) for index, variable in enumerate(seed_states_of(model)))
-    places = {id(variable): place_of(name) for name, variable in named_variables(model).items()}
-    for optimizer in filter(sums_locally, optimizers_of(model)):
-        accumulators = [variable for variable in accumulators_of(optimizer) if variable is not None]
-        found.update((f"{ACCUMULATED}{places[id(variable)]}", variable) for variable in accumulators)
     return found
+
+
+def _accumulators(model: keras.Model) -> dict[str, Any]:
+    places = {id(variable): place_of(name) for name, variable in named_variables(model).items()}
+    return {f"{ACCUMULATED}{places[id(variable)]}": variable for variable in local_accumulators(model)}
 
 
 def _joined(values: Sequence[Array], aggregation: str, rank: int) -> Array:

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from dtrain.accumulation import collect_accumulated, drop_accumulated, local_accumulators
 from dtrain.batch_hooks import BatchHooks, newest
 from dtrain.batch_norm import synchronize
 from dtrain.callbacks import RankCallbacks
@@ -36,14 +37,12 @@ from dtrain.model import (
     describe,
     has_own_loss,
     label_rules,
-    optimizers_of,
     read_state,
     refuse_what_cannot_be_split,
     spread_seeds,
     targets_with_loss,
     write_state,
 )
-from dtrain.optimizer import collect_accumulated, drop_accumulated, sums_locally
 from dtrain.rank_fit import CALL_BYTES, RankFit
 from dtrain.step import Kind, Steps, concatenate
 from dtrain.types import (
@@ -153,7 +152,7 @@ class Replica:
             refuse_what_cannot_be_split(self.model)
             if self._sync_batch_norm:
                 synchronize(self.model)
-        if self._skip_nan and any(map(sums_locally, optimizers_of(self.model))):
+        if self._skip_nan and local_accumulators(self.model):
             raise ConfigError(
                 "on_nan='skip' does not go with gradient_accumulation_steps: what is accumulated before a step"
                 " that is left out may hold its NaN; leave out one"
@@ -467,6 +466,11 @@ class Replica:
     def own_logs(self) -> list[str]:
         """What a training step of the model's own returns besides the results of metrics."""
         return self._steps["train"].own_logs
+
+    @property
+    def has_own_step(self) -> bool:
+        """The model's class has a training step of its own."""
+        return self._steps["train"].is_custom
 
     @property
     def skipped(self) -> dict[int, bool]:

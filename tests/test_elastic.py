@@ -115,6 +115,7 @@ def in_batches() -> Any:
 X, Y = blobs(80)
 GROWING: dict[str, tuple[Any, dict[str, Any], tuple[Fault, ...]]] = {
     "batches": (make_exact_model, {"x": in_batches}, ()),
+    "accumulated": (models.make_exact_accumulating, {"x": X, "y": Y, "batch_size": 8}, ()),
     "own step": (own_steps.make_exact, {"x": X, "y": Y, "batch_size": 8}, ()),
     "dying newcomers": (
         make_exact_model,

@@ -68,6 +68,12 @@ def make_model() -> Any:
     return model
 
 
+def make_accumulating() -> Any:
+    model = make_model()
+    model.compile(keras.optimizers.Adam(0.01, gradient_accumulation_steps=4), "sparse_categorical_crossentropy")
+    return model
+
+
 class Notes(keras.callbacks.Callback):  # type: ignore[misc]
     """Keeps which hooks were called, over the lives of its process, and how often the model was traced in this one."""
 
@@ -197,6 +203,18 @@ def test_the_survivor_goes_on_in_place_with_no_step_lost_or_redone(undisturbed: 
     assert steps_on_record("survived") == steps_on_record("undisturbed") == list(range(EPOCHS * STEPS))
 
 
+def test_gradients_that_the_dead_had_accumulated_are_computed_anew() -> None:
+    """Some of them in the epoch before; the new one dies while it computes them; one dies in a step that updates."""
+    undisturbed = train("accumulating", model_fn=make_accumulating)
+    faults = kill(rank=1, step=10), kill(rank=1, step=9, life=1), kill(rank=0, step=19)
+    found = train("accumulating-killed", *faults, model_fn=make_accumulating)
+    assert_same_end(found, undisturbed)
+    assert found.notes.traces == undisturbed.notes.traces
+    assert [recovery.rank for recovery in found.history.recoveries] == [1, 1, 0]
+    assert all(recovery.steps_redone == 0 for recovery in found.history.recoveries)
+    assert steps_on_record("accumulating-killed") == list(range(EPOCHS * STEPS))
+
+
 def test_workers_may_die_in_any_phase_one_after_the_other(undisturbed: Outcome) -> None:
     found = train(
         "any-phase",
@@ -305,6 +323,10 @@ AS: dict[str, tuple[Callable[[], dict[str, Any]], tuple[Fault, ...]]] = {
         lambda: {"x": blobs(100)[0], "y": blobs(100)[1], "batch_size": 8, "validation_split": 0.2},
         (kill(rank=2, step=2, phase="evaluate"), kill(rank=0, step=13)),
     ),
+    "accumulated": (
+        lambda: {"x": blobs(100)[0], "y": blobs(100)[1], "batch_size": 8, "validation_split": 0.2},
+        (kill(rank=2, step=6), kill(rank=0, step=11)),
+    ),
     "batches": (
         lambda: {"x": in_batches, "validation_data": in_other_batches_each_time, "validation_steps": 3},
         (kill(rank=2, step=5), kill(rank=0, step=2, phase="evaluate")),
@@ -315,13 +337,13 @@ AS: dict[str, tuple[Callable[[], dict[str, Any]], tuple[Fault, ...]]] = {
 @pytest.mark.parametrize("kind", AS)
 def test_who_is_left_goes_on_at_once_on_the_same_mini_batches(kind: str) -> None:
     make_data, faults = AS[kind]
-    data = make_data()
-    control = train("whole-" + kind, num_workers=3, model_fn=make_exact_model, data=data)
+    data, model_fn = make_data(), models.make_exact_accumulating if kind == "accumulated" else make_exact_model
+    control = train("whole-" + kind, num_workers=3, model_fn=model_fn, data=data)
     found = train(
         "shrunk-" + kind,
         *faults,
         num_workers=3,
-        model_fn=make_exact_model,
+        model_fn=model_fn,
         data=data,
         checkpoint=True,
         failure=dtrain.FailureConfig(on_loss="shrink"),

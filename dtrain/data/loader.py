@@ -13,7 +13,7 @@ import numpy as np
 
 from dtrain.data.sampler import Sampler, shard
 from dtrain.data.source import Blocked, DataSource, map_tree
-from dtrain.types import BatchPlan, ModelDescription, Opened, Shapes, Tree
+from dtrain.types import BatchPlan, ModelDescription, Opened, Position, Segment, Shapes, Tree
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,22 @@ def chunks_of(
             yield chunk
         if first_step < stop:  # the input has ended
             return
+
+
+def steps_before(feed: Feed, position: Position, number: int, first_epoch: int) -> list[Segment] | None:
+    """The `number` steps before a position, in order; None: there are not so many, or of an epoch nobody knows."""
+    found: list[Segment] = []
+    while number:
+        if position.step == 0:
+            num_steps = feed.steps_in_epoch(position.epoch - 1) if position.epoch > first_epoch else None
+            if not num_steps:
+                return None
+            position = Position(position.epoch - 1, num_steps)
+        count = min(number, position.step)
+        position = Position(position.epoch, position.step - count)
+        found.insert(0, Segment(position, count))
+        number -= count
+    return found
 
 
 class Loader:
