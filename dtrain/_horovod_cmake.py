@@ -13,9 +13,10 @@ TensorFlow that it was built against, so that an installed Horovod can be asked 
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-EDITS_VERSION = "5"
+EDITS_VERSION = "6"
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,16 @@ class Edit:
         file.write_text(text.replace(self.old, self.new))
 
 
-def _waking(path: str, old: str, new: str) -> Edit:
-    """One of the edits by which work wakes Horovod's background thread, without the line breaks around both texts."""
-    return Edit(
-        f"horovod/common/{path}",
-        old.strip("\n"),
-        new.strip("\n"),
-        "small steps wait for a thread that looks for work once a millisecond; idle ranks take a quarter of a core",
-    )
+def _common(path: str, old: str, new: str, reason: str) -> Edit:
+    """An edit to what all of Horovod shares, without the line breaks around both texts."""
+    return Edit(f"horovod/common/{path}", old.strip("\n"), new.strip("\n"), reason)
+
+
+_waking = partial(
+    _common,
+    reason="small steps wait for a thread that looks for work once a millisecond; idle ranks take a quarter of a core",
+)
+_waiting = partial(_common, reason="within a step ranks wait for each other, and nobody knows for whom")
 
 
 WAKING = (
@@ -184,6 +187,76 @@ void WaitForNotice(std::chrono::steady_clock::duration limit) {
 )
 """Work wakes the background thread. DTRAIN_STOCK_CYCLES=1 in a worker's environment has it as it was."""
 
+WAITING = (
+    _waiting(
+        "tensor_queue.h",
+        "  mutable std::mutex mutex_;",
+        "  mutable std::mutex mutex_;\n\n"
+        "  // Since when there have been tensors in the table.\n  std::chrono::steady_clock::time_point waits_since_;",
+    ),
+    _waiting(
+        "tensor_queue.cc",
+        """
+#include "logging.h"
+""",
+        """
+#include <atomic>
+#include <chrono>
+
+#include "logging.h"
+
+namespace {
+std::atomic<int64_t> nanoseconds_waited{0};
+} // namespace
+
+// For so long, all in all, this rank had tensors that other ranks did not have yet.
+extern "C" double horovod_seconds_waited() {
+  return 1e-9 * nanoseconds_waited.load();
+}
+""",
+    ),
+    _waiting(
+        "tensor_queue.cc",
+        """
+  tensor_table_.emplace(e.tensor_name, std::move(e));
+""",
+        """
+  if (tensor_table_.empty()) {
+    waits_since_ = std::chrono::steady_clock::now();
+  }
+  tensor_table_.emplace(e.tensor_name, std::move(e));
+""",
+    ),
+    _waiting(
+        "tensor_queue.cc",
+        """
+    tensor_table_.emplace(entries[i].tensor_name, std::move(entries[i]));
+""",
+        """
+    if (tensor_table_.empty()) {
+      waits_since_ = std::chrono::steady_clock::now();
+    }
+    tensor_table_.emplace(entries[i].tensor_name, std::move(entries[i]));
+""",
+    ),
+    _waiting(
+        "tensor_queue.cc",
+        """
+        // Clear the tensor table of this tensor.
+        tensor_table_.erase(iter);
+""",
+        """
+        // Clear the tensor table of this tensor.
+        tensor_table_.erase(iter);
+        if (tensor_table_.empty()) {
+          std::chrono::nanoseconds waited = std::chrono::steady_clock::now() - waits_since_;
+          nanoseconds_waited += waited.count();
+        }
+""",
+    ),
+)
+"""A rank knows how long it has waited for others: the one that waits least is the one that they wait for."""
+
 _METADATA = r'"\"gpu_operations\": \"$ENV{{HOROVOD_GPU_OPERATIONS}}\",\n\"dtrain_edits\": \"{}\"\n}}"'
 
 EDITS = (
@@ -226,6 +299,7 @@ EDITS = (
         ),
     ),
     *WAKING,
+    *WAITING,
     Edit(
         path="CMakeLists.txt",
         old=r'"\"dummy\": \"none\"\n}"',

@@ -34,11 +34,11 @@ def next_segment_steps(seconds_per_step: float | None, previous: int, remaining:
 
 
 def who_is_slow(seconds: float, spent: Sequence[Mapping[str, float]]) -> tuple[int, str, float] | None:
-    """The rank that keeps the others of a segment waiting, before it computes.
+    """The rank that keeps the others of a segment waiting.
 
     Args:
         seconds: that the segment took, on all ranks.
-        spent: for each rank, seconds by what it spent them on: all but computing, in which ranks wait for each other.
+        spent: for each rank, seconds by what it spent them on, without those in which it waited for others.
 
     Returns:
         The rank, what it spends more time on than the others, and the share of the time that they wait for it; None:

@@ -166,7 +166,7 @@ class RankFit:
         epoch, step = part.segment.position.epoch, part.segment.position.step
         looked_at = self._hooks.are_used or self._model.stop_training  # by Keras, too, after a first call
         steps_per_call = self._model.steps_per_execution if looked_at else self._steps_per_call()
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), self._collective.waited_in_all
         chunks = chunks_of(self._feed, epoch, step, part.segment.num_steps, steps_per_call, looked_at)
         with contextlib.closing(chunks):
             while (chunk := self._next_chunk(part, chunks)) is not None:
@@ -182,6 +182,8 @@ class RankFit:
                 self._replica.progress = Progress("train", epoch, part.position.step, num_steps, self._logs)
                 if self._model.stop_training:
                     break
+        waited = self._collective.waited_in_all - waited
+        part.spent["computing"] = part.seconds - sum(part.spent.values()) - waited
         part.ended = part.steps < part.segment.num_steps or self._is_end(part.position)
 
     def _next_chunk(self, part: UnderWay, chunks: Iterator[Chunk]) -> Chunk | None:

@@ -153,7 +153,8 @@ class SegmentResult:
             0; the last one where single steps are not kept; None: it is.
         skipped: steps of the epoch that were left out since they made a weight NaN or infinite, and whether this rank's
             own part of the loss was not finite.
-        spent: of `seconds`, those that this rank was "reading data" and in "callbacks" of batches.
+        spent: of `seconds`, those that this rank was "reading data", in "callbacks" of batches and "computing"; the
+            others it waited for other ranks.
     """
 
     position: Position

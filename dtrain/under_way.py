@@ -10,6 +10,8 @@ from dtrain.fit_state import Part
 from dtrain.step import concatenate
 from dtrain.types import Array, Logs, Position, Segment
 
+SPENT_ON = "reading data", "callbacks", "computing"
+
 
 @dataclass
 class UnderWay:
@@ -22,7 +24,7 @@ class UnderWay:
         seconds: that they took.
         ended: the epoch has no more of them.
         skipped: steps that did not change the model, and whether that was for this rank's own gradients.
-        spent: seconds besides computing, by what they were spent on.
+        spent: seconds by what they were spent on, besides waiting for others.
         states: of each call, the metrics' variables after each of its steps.
         own: of each call, what a custom step returned besides metrics, times this rank's share.
         step_logs: the steps' logs over all ranks, once the ranks have got as far as that.
@@ -35,7 +37,7 @@ class UnderWay:
     seconds: float = 0.0
     ended: bool = False
     skipped: dict[int, bool] = field(default_factory=dict)
-    spent: dict[str, float] = field(default_factory=lambda: {"reading data": 0.0, "callbacks": 0.0})
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SPENT_ON, 0.0))
     states: list[list[Array]] = field(default_factory=list)
     own: list[dict[str, Array]] = field(default_factory=list)
     step_logs: dict[str, Array] | None = None

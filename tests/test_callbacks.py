@@ -325,7 +325,7 @@ def test_a_callback_that_opts_in_runs_on_every_worker(trainer: dtrain.Trainer, i
     assert set(found.values()) == set(history.history["loss"])
 
 
-@pytest.mark.parametrize("what", ["in callbacks", "reading data"])
+@pytest.mark.parametrize("what", ["in callbacks", "reading data", "computing"])
 def test_a_worker_that_keeps_the_other_waiting_is_told(
     in_tmp: Path, local_ray: None, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
@@ -348,11 +348,24 @@ def test_a_worker_that_keeps_the_other_waiting_is_told(
             wait()
             return tuple(leaf[indices] for leaf in blobs(800))
 
+    class Heavy(keras.layers.Layer):  # type: ignore[misc]
+        def call(self, x: Any, training: bool = False) -> Any:
+            import tensorflow as tf
+
+            with tf.control_dependencies([tf.py_function(wait, [], [])] if training else []):
+                return tf.identity(x)
+
+    def make_heavy() -> Any:
+        model = keras.Sequential([keras.Input((5,)), Heavy(), keras.layers.Dense(3, activation="softmax")])
+        model.compile("sgd", "sparse_categorical_crossentropy")
+        return model
+
     options: dict[str, Any] = {"threads_per_worker": 1, "checkpoint": False, "tracking": False}
     x, y = blobs(800)
-    given = {"x": x, "y": y, "callbacks": [Waits()]} if what == "in callbacks" else {"x": Slow()}
-    with dtrain.Trainer(classifier(), num_workers=2, **options) as trainer:
-        trainer.fit(**given, epochs=1, **{**FIT, "verbose": 2})
+    given = {"x": Slow()} if what == "reading data" else {"x": x, "y": y}
+    hooks = [Waits()] if what == "in callbacks" else []
+    with dtrain.Trainer(make_heavy if what == "computing" else classifier(), num_workers=2, **options) as trainer:
+        trainer.fit(**given, callbacks=hooks, epochs=1, **{**FIT, "verbose": 2})
     out = capsys.readouterr().out
     assert out.count("is slow") == 1 and re.search(rf"rank 1 on .* the others wait .* which it spends {what}", out)
 

@@ -93,8 +93,8 @@ def test_the_best_is_by_the_monitored_metric(
     assert is_better(config, {"val_loss": value, "val_accuracy": value}, best) is better
 
 
-def spent(reading: float = 0.0, callbacks: float = 0.0) -> dict[str, float]:
-    return {"reading data": reading, "callbacks": callbacks}
+def spent(reading: float = 0.0, callbacks: float = 0.0, computing: float = 1.0) -> dict[str, float]:
+    return {"reading data": reading, "callbacks": callbacks, "computing": computing}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,8 @@ def spent(reading: float = 0.0, callbacks: float = 0.0) -> dict[str, float]:
         ([spent(), spent(reading=0.9)], (1, "reading data", 0.45)),
         ([spent(reading=0.2, callbacks=0.7), spent(reading=0.1), spent()], (0, "callbacks", 0.425)),
         ([spent(reading=1.0), spent(reading=1.1), spent(reading=1.0)], None),  # all alike
+        ([spent(computing=1.1), spent(computing=1.9), spent()], (1, "computing", 0.425)),
+        ([spent(reading=1.0), spent(computing=1.9)], None),  # they make up for each other
         ([spent(reading=1.0)], None),
     ],
 )
