@@ -77,36 +77,43 @@ def collect_accumulated(model: keras.Model, collective: Collective) -> None:
 
 
 def drop_accumulated(model: keras.Model) -> None:
-    """Forget what this rank has accumulated since the last update; another has it."""
+    """Forget what this rank has accumulated since the last update."""
     for variable in local_accumulators(model):
         variable.assign(tf.zeros_like(variable.value))
 
 
 def num_accumulated(model: keras.Model) -> int | None:
-    """How many mini-batches were trained on since the last update; None: the optimizers do not update together."""
+    """How many mini-batches were trained on since the last update, with weights as they are now; None: nobody knows.
+
+    Several optimizers need not update together. Averages may have come into the weights' place since, or gone.
+    """
     own = [optimizer for optimizer in optimizers_of(model) if sums_locally(optimizer)]
     if not own:
         return 0
-    return steps_since_update(own[0]) if own == [model.optimizer] else None
+    number = steps_since_update(own[0]) if own == [model.optimizer] else None
+    return None if number and model.optimizer.use_ema else number
 
 
-def accumulate_anew(model: keras.Model, metrics: MetricState, steps: Iterable[Callable[[], object]]) -> None:
-    """Let this rank have what it is to have accumulated since the last update; all else stays as it is. Collective.
+def accumulate_anew(
+    model: keras.Model, metrics: MetricState, number: int, steps: Iterable[Callable[[], object]]
+) -> None:
+    """Let this rank have what it is to have accumulated since the last update; the model stays as it is. Collective.
 
     A mini-batch draws as many random numbers as another: so it is known where the generators were at the first.
 
     Args:
         model: between two mini-batches.
         metrics: its metric state.
-        steps: the `num_accumulated` steps since the last update; each trains on its mini-batch when called.
+        number: how many steps there were since the last update: `num_accumulated`.
+        steps: they; each trains on its mini-batch when called.
     """
-    number, accumulators = num_accumulated(model) or 0, local_accumulators(model)
+    accumulators = local_accumulators(model)
     others = [v for v in named_variables(model).values() if all(v is not known for known in accumulators)]
     kept = [(variable, value_of(variable)) for variable in (*others, *metrics.variables)] if number else []
     seeds = seeds_of(model)
     drop_accumulated(model)
     try:
-        for index, step in enumerate(steps):
+        for index, step in zip(range(number), steps, strict=True):
             if index == 0:
                 set_steps_since_update(model.optimizer, 0)
                 step()

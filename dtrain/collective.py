@@ -45,8 +45,11 @@ class Collective(Protocol):
         """Seconds so far in which this rank has waited for others outside of tf.functions, and exchanged with them."""
 
     @property
-    def waited_in_all(self) -> float:
-        """Seconds so far in which this rank had something to exchange that others had not yet, wherever that was."""
+    def waited_in_all(self) -> float | None:
+        """Seconds so far in which this rank had something to exchange that others had not yet, wherever that was.
+
+        None: nobody counts them.
+        """
 
     def all_reduce(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         """Sum each tensor over ranks. Differentiable; works eagerly and inside a tf.function."""
@@ -224,8 +227,8 @@ class HorovodCollective:
         return [json.loads(line) for line in every.splitlines()]
 
     @property
-    def waited_in_all(self) -> float:
-        return self._clock()
+    def waited_in_all(self) -> float | None:
+        return self._clock() if self._clock is not None else None
 
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:
@@ -276,13 +279,12 @@ def is_lost_peer(error: BaseException) -> bool:
     return is_broken or isinstance(error, LostPeer)
 
 
-def _clock_of_waiting() -> Callable[[], float]:
-    """Of Horovod's that one of dtrain's edits adds (_horovod_cmake.py); without it nobody seems to have waited."""
+def _clock_of_waiting() -> Callable[[], float] | None:
+    """Of Horovod's that one of dtrain's edits adds (_horovod_cmake.py); None: it was built without."""
     clock = getattr(ctypes.CDLL(None), "horovod_seconds_waited", None)
-    if clock is None:
-        return lambda: 0.0
-    clock.restype = ctypes.c_double
-    return cast(Callable[[], float], clock)
+    if clock is not None:
+        clock.restype = ctypes.c_double
+    return cast(Callable[[], float] | None, clock)
 
 
 def _as_bytes(array: Array) -> Array:

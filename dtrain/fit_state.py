@@ -178,6 +178,7 @@ class Handover:
             them (0: since the fit began), and one less, for one that died before it could tell of the last.
         is_final: nothing more is trained, and averages have taken the weights' place.
         has_ended: `on_train_end` was called, too, and agreed on.
+        ends: of epochs that are over, how many steps they had.
     """
 
     fit: SavedFit
@@ -195,6 +196,7 @@ class Handover:
     draws: Mapping[int, Sequence[int]]
     is_final: bool
     has_ended: bool
+    ends: Mapping[int, int]
 
 
 @dataclass(frozen=True)

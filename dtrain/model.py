@@ -343,7 +343,7 @@ def draw_on(model: keras.Model, before: Sequence[Sequence[int]], draws: Sequence
     """Bring each generator to where it is once it has given so many numbers more than it had `before`; or fewer."""
     counted = [[base, counter + more] for (base, counter), more in zip(before[:-1], draws[:-1], strict=True)]
     words = list(before[-1])
-    for _ in range(draws[-1] % (DRAWS - 1)):  # which is prime, so that it comes around after so many
+    for _ in range(draws[-1] % (DRAWS - 1)):  # they come around after so many, DRAWS being prime
         words = drawn_unordered(words)
     for state, seed in zip(seed_states_of(model), [*counted, words], strict=True):
         state.assign(np.array(seed, np.int64))

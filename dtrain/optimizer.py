@@ -101,6 +101,10 @@ class Reduction:
             return []
         return [v for v in self.statistics if any(v is other for other in self.assigned)]
 
+    def note_assigned(self) -> None:
+        """Gradients are about to be reduced: what was assigned so far was early."""
+        self.assigned_early += [v for v in self.assigned if all(v is not other for other in self.assigned_early)]
+
     def make_equal(self, statistics: Sequence[Any], values: Sequence[tf.Tensor]) -> None:
         """Assign them; a later forward pass may assign them anew."""
         for variable, value in zip(statistics, values, strict=True):
@@ -158,6 +162,7 @@ def _patched(optimizer: keras.optimizers.Optimizer, index: int, reduction: Reduc
         else:
             # A custom train_step may never call scale_loss; the gradients then carry no share yet.
             shared = grads if reduction.scaled[index] else [_times(grad, reduction.share) for grad in grads]
+            reduction.note_assigned()
             reduce_them = reduce_window(optimizer, trainable_variables) if sums_locally(optimizer) else reduce
             reduction.reduced += 1
             grads = reduce_them(shared, f"gradients{index}.{reduction.reduced}", reduction)
@@ -237,6 +242,7 @@ def reduce_gradients(grads: Sequence[Any]) -> list[Any]:
         return list(grads)
     shared = list(grads) if any(reduction.scaled) else [_times(grad, reduction.share) for grad in grads]
     reduction.reduced += 1
+    reduction.note_assigned()
     reduced = reduce(shared, f"gradients.{reduction.reduced}", reduction)
     reduction.unreduced += grads
     reduction.by_user.append(_form(reduced))
@@ -268,9 +274,6 @@ def _form(grads: Sequence[Any]) -> list[Any]:
 
 def reduce(grads: Sequence[Any], name: str, reduction: Reduction) -> list[Any]:
     """Sum gradients over ranks; moving statistics ride along and are assigned their mean weighted by rows."""
-    reduction.assigned_early += [
-        v for v in reduction.assigned if all(v is not other for other in reduction.assigned_early)
-    ]
     if reduction.sparse_as_dense:
         grads = [tf.convert_to_tensor(grad) if isinstance(grad, tf.IndexedSlices) else grad for grad in grads]
     statistics = reduction.due_statistics()

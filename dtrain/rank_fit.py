@@ -26,7 +26,7 @@ from dtrain.callback_checkpoint import (
 )
 from dtrain.callbacks import RankCallbacks
 from dtrain.collective import is_lost_peer
-from dtrain.data.loader import Chunk, Feed, chunks_of, steps_before
+from dtrain.data.loader import Chunk, Feed, Loader, chunks_of, steps_before
 from dtrain.data.stream import StreamLoader
 from dtrain.errors import LostPeer, ReplicasDiffer
 from dtrain.fit_state import ACCUMULATED, Handover, Lost, SavedFit, Snapshot, Standing
@@ -96,6 +96,7 @@ class RankFit:
         self._is_validation_astray = False
         self._part: UnderWay | None = None
         self._segments = 0
+        self._ends: dict[int, int] = {}  # of epochs that are over, how many steps they had
         self._seeds: dict[int, list[list[int]]] = {}  # as they were after so many segments: the last, and one before
         self._result: SegmentResult | None = None
 
@@ -182,8 +183,8 @@ class RankFit:
                 self._replica.progress = Progress("train", epoch, part.position.step, num_steps, self._logs)
                 if self._model.stop_training:
                     break
-        waited = self._collective.waited_in_all - waited
-        part.spent["computing"] = part.seconds - sum(part.spent.values()) - waited
+        if waited is not None and (now := self._collective.waited_in_all) is not None:
+            part.spent["computing"] = part.seconds - sum(part.spent.values()) - (now - waited)
         part.ended = part.steps < part.segment.num_steps or self._is_end(part.position)
 
     def _next_chunk(self, part: UnderWay, chunks: Iterator[Chunk]) -> Chunk | None:
@@ -243,7 +244,7 @@ class RankFit:
         self._replica.beat("the end of a segment")
         if part.ended:
             self._hooks.finish()
-        if self._segments % CHECKED_EVERY == CHECKED_EVERY - 1 and self._collective.world_size > 1:
+        if self._segments % CHECKED_EVERY == CHECKED_EVERY - 1 and self._has_others:
             self._check_replicas(part.position)
         if part.step_logs is None:
             part.step_logs = self._replica.global_logs("train", part.states, part.own, "segment") if part.steps else {}
@@ -277,6 +278,8 @@ class RankFit:
 
     def _close(self, part: UnderWay, logs: Logs, epoch_end: EpochEnd | None) -> SegmentResult:
         self._stopped = bool(self._model.stop_training)
+        if epoch_end is not None:
+            self._ends[part.position.epoch] = part.position.step
         self._position = Position(part.position.epoch + 1, 0) if epoch_end is not None else part.position
         self._has_begun = epoch_end is None
         step_logs = part.step_logs or {}
@@ -386,18 +389,32 @@ class RankFit:
     def _since_update(self) -> list[Segment] | None:
         """The mini-batches that are accumulated and not applied; None: they cannot be gone through again."""
         number = num_accumulated(self._model)
-        if number is None or (number and self._replica.has_own_step):
+        if number is None or (number and (self._replica.has_own_step or self._is_final)):
             return None
         position = self._part.position if self._part is not None else self._position
-        return steps_before(self._feed, position, number, self._plan.initial_epoch)
+        return steps_before(position, number, self._plan.initial_epoch, self._steps_that_were_in)
+
+    def _steps_that_were_in(self, epoch: int) -> int | None:
+        """An epoch that is over; None: nobody knows. What the data promise may not have come."""
+        promised = self._feed.steps_in_epoch(epoch) if isinstance(self._feed, Loader) else None
+        return self._ends.get(epoch, promised)
 
     def _accumulate_anew(self) -> None:
+        """In the new group, what each rank is to have accumulated since the last update. Collective."""
+        since = self._since_update()
+        if since is None:
+            raise LostPeer("the mini-batches since the last update cannot be gone through again")
+        if since and isinstance(self._feed, StreamLoader):
+            position = self._part.position if self._part is not None else self._position
+            if (digest := self._feed.digest_at(position)) is not None:
+                self._feed.expect(position, digest)
         steps = (
             partial(self._train_again, segment.position.epoch, chunk)
-            for segment in self._since_update() or ()
+            for segment in since
             for chunk in self._feed.chunks(segment.position.epoch, segment.position.step, segment.num_steps, 1)
         )
-        accumulate_anew(self._model, self._replica.metrics, steps)
+        with contextlib.closing(steps):
+            accumulate_anew(self._model, self._replica.metrics, sum(each.num_steps for each in since), steps)
 
     def _train_again(self, epoch: int, chunk: Chunk) -> None:
         self._replica.strikes.call_begins(self._step_of_fit(epoch, chunk))
@@ -438,6 +455,7 @@ class RankFit:
             {after: draws_between(seeds, seeds_of(self._model)) for after, seeds in self._seeds.items()},
             self._is_final,
             self._has_ended,
+            self._ends,
         )
 
     def take_over(self, handover: Handover, lost: Lost) -> None:
@@ -452,6 +470,7 @@ class RankFit:
         self._segments, self._result = handover.segments, handover.result
         self._has_begun = handover.has_begun
         self._is_final, self._has_ended = handover.is_final, handover.has_ended
+        self._ends = dict(handover.ends)
         part = handover.part
         if isinstance(self._validation, StreamLoader) and part is not None and part.validation is not None:
             self._validation.skip_passes(1)

@@ -81,7 +81,8 @@ class Regrouping:
         self._failure = failure
         self._last: list[SegmentResult] = []  # of them, what each rank returned
         self._told = 0  # so many segments were finished then
-        self._is_to_grow, self._may_grow = False, True
+        self._is_to_grow = False
+        self._refused_after = -1  # so many segments ranks could tell newcomers nothing
         self._is_resizing = False  # ranks may yet be as in the group before
         self._handover: Any = None  # what the furthest rank told, until a recovery has come to its end
 
@@ -92,7 +93,8 @@ class Regrouping:
 
     def has_newcomers(self) -> bool:
         """Whether workers wait to be taken in."""
-        self._is_to_grow = self._is_to_grow or (self._may_grow and self._group.can_grow())
+        if self._fit.segments > self._refused_after:
+            self._is_to_grow = self._is_to_grow or self._group.can_grow()
         return self._is_to_grow
 
     def grow(self) -> None:
@@ -105,8 +107,8 @@ class Regrouping:
         """
         group, self._is_to_grow = self._group, False
         standing, *_ = group.wait(group.submit("standing"), self._fit.watch, survivable=True)
-        self._may_grow = standing.goes_on
-        if not self._may_grow:
+        if not standing.goes_on:
+            self._refused_after = self._fit.segments
             return
         self._checkpointer.finish()  # its manifest tells how many ranks there are
         try:

@@ -5,10 +5,10 @@ import threading
 import numpy as np
 import pytest
 
-from dtrain.data.loader import Chunk, Loader
+from dtrain.data.loader import Chunk, Loader, steps_before
 from dtrain.data.sampler import Sampler
 from dtrain.data.source import ArraySource
-from dtrain.types import BatchPlan, Tree
+from dtrain.types import BatchPlan, Position, Segment, Tree
 
 X = np.arange(101)
 
@@ -133,3 +133,21 @@ def test_chunks_are_read_ahead_of_need() -> None:
     next(chunks)
     chunks.close()  # type: ignore[attr-defined]
     assert 1 <= source.reads <= 4
+
+
+@pytest.mark.parametrize(
+    ("position", "number", "found"),
+    [
+        (Position(1, 3), 0, []),
+        (Position(1, 3), 2, [Segment(Position(1, 1), 2)]),
+        (Position(1, 3), 3, [Segment(Position(1, 0), 3)]),
+        (Position(1, 0), 1, [Segment(Position(0, 4), 1)]),
+        (Position(2, 1), 7, [Segment(Position(0, 4), 1), Segment(Position(1, 0), 5), Segment(Position(2, 0), 1)]),
+        (Position(0, 2), 3, None),  # the fit has not so many
+        (Position(3, 1), 3, None),  # nobody knows how many epoch 2 had
+    ],
+)
+def test_the_last_steps_before_a_position_reach_into_earlier_epochs(
+    position: Position, number: int, found: list[Segment] | None
+) -> None:
+    assert steps_before(position, number, 0, {0: 5, 1: 5}.get) == found

@@ -4,8 +4,10 @@ import functools
 from typing import Any
 
 import keras
+import numpy as np
 import pytest
 
+from dtrain.accumulation import num_accumulated
 from dtrain.model import has_own_loss, optimizers_of
 
 
@@ -68,3 +70,19 @@ def test_a_loss_that_is_not_keras_s_is_told(kind: Any, loss: Any, is_own: bool) 
     model = kind([keras.Input((2,)), keras.layers.Dense(1)])
     model.compile("sgd", loss)
     assert has_own_loss(model) is is_own
+
+
+def test_how_many_mini_batches_are_accumulated_is_known_of_one_optimizer_without_averages() -> None:
+    def trained(**options: Any) -> keras.Model:
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(**options), "mse")
+        model.fit(np.zeros((5, 2)), np.zeros((5, 1)), batch_size=1, verbose=0)
+        return model
+
+    assert num_accumulated(trained()) == 0
+    assert num_accumulated(trained(gradient_accumulation_steps=3)) == 2
+    assert num_accumulated(trained(gradient_accumulation_steps=5, use_ema=True)) == 0
+    assert num_accumulated(trained(gradient_accumulation_steps=3, use_ema=True)) is None
+    model = trained(gradient_accumulation_steps=3)
+    model.another = trained(gradient_accumulation_steps=2).optimizer
+    assert num_accumulated(model) is None

@@ -90,12 +90,14 @@ def chunks_of(
             return
 
 
-def steps_before(feed: Feed, position: Position, number: int, first_epoch: int) -> list[Segment] | None:
+def steps_before(
+    position: Position, number: int, first_epoch: int, steps_in_epoch: Callable[[int], int | None]
+) -> list[Segment] | None:
     """The `number` steps before a position, in order; None: there are not so many, or of an epoch nobody knows."""
     found: list[Segment] = []
     while number:
         if position.step == 0:
-            num_steps = feed.steps_in_epoch(position.epoch - 1) if position.epoch > first_epoch else None
+            num_steps = steps_in_epoch(position.epoch - 1) if position.epoch > first_epoch else None
             if not num_steps:
                 return None
             position = Position(position.epoch - 1, num_steps)

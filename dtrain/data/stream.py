@@ -328,8 +328,6 @@ class StreamLoader:
                 self._end_epoch(ran_out=ended)
         if self._position != position:
             raise DataError(f"{self._name} has no batch for step {position.step} of epoch {position.epoch}")
-        if self._expected.get(position, self._digest) != self._digest:
-            self._refuse_others(position)
 
     def _refuse_others(self, position: Position) -> None:
         """Where the input goes on within a pass; a new pass has every row all the same, in another order."""
@@ -417,6 +415,8 @@ class StreamLoader:
             self._mark(Position(position.epoch, position.step + number))
 
     def _mark(self, position: Position) -> None:
+        if self._expected.get(position, self._digest) != self._digest:
+            self._refuse_others(position)
         self._marks[position] = self._digest
         if len(self._marks) > NUM_MARKS:
             del self._marks[next(iter(self._marks))]
