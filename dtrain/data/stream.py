@@ -310,8 +310,13 @@ class StreamLoader:
         Raises:
             DataError: there is no such mini-batch, or others than before come before it.
         """
-        if self._position == position:
-            return
+        if self._position != position:
+            self._read_again(position)
+        if self._expected.get(position, self._digest) != self._digest:
+            self._refuse_others(position)
+
+    def _read_again(self, position: Position) -> None:
+        """From the beginning up to a position."""
         self.reopen()
         while (here := self._position) is not None and (here.epoch, here.step) < (position.epoch, position.step):
             batches, ended, error = self._read(1)
@@ -415,8 +420,6 @@ class StreamLoader:
             self._mark(Position(position.epoch, position.step + number))
 
     def _mark(self, position: Position) -> None:
-        if self._expected.get(position, self._digest) != self._digest:
-            self._refuse_others(position)
         self._marks[position] = self._digest
         if len(self._marks) > NUM_MARKS:
             del self._marks[next(iter(self._marks))]
