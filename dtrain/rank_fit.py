@@ -81,6 +81,8 @@ class RankFit:
         self._collective = replica.collective
         self._plan = plan
         self._feed = feed
+        if isinstance(feed, Loader):
+            feed.epochs = plan.epochs
         self._validation = validation
         self._callbacks = callbacks
         self._hooks = replica.batch_hooks("train", callbacks)

@@ -135,6 +135,35 @@ def test_chunks_are_read_ahead_of_need() -> None:
     assert 1 <= source.reads <= 4
 
 
+def test_a_fit_reads_the_next_chunk_early_up_to_its_last_step() -> None:
+    source = Recording()
+    loader = Loader(source, BatchPlan(101, 10), 0, 1)
+    loader.epochs = 2
+    plain = Loader(ArraySource(X), BatchPlan(101, 10), 0, 1)
+    num_chunks, threads = 0, []
+    for place in [(0, 0, 4, 2), (0, 4, 7, 2), (1, 0, 11, 2)]:
+        found = [rows_of(chunk) for chunk in loader.chunks(*place)]
+        assert found == [rows_of(chunk) for chunk in plain.chunks(*place)]
+        num_chunks += len(found)
+        threads.append(len(loader_threads()))
+    assert threads == [1, 1, 0] and source.reads == num_chunks  # each was read once
+
+
+@pytest.mark.parametrize("elsewhere", [(0, 2, 4), (0, 4, 1), (1, 0, 4)])
+def test_what_was_read_early_in_vain_is_given_up(elsewhere: tuple[int, int, int]) -> None:
+    loader = Loader(ArraySource(X), BatchPlan(101, 10), 0, 1)
+    loader.epochs = 2
+    list(loader.chunks(0, 0, 4, 2))
+    found = [rows_of(chunk) for chunk in loader.chunks(*elsewhere, 2)]
+    assert found == [rows_of(c) for c in Loader(ArraySource(X), BatchPlan(101, 10), 0, 1).chunks(*elsewhere, 2)]
+    assert len(loader_threads()) == 1
+    loader.deal(0, 2)
+    assert loader_threads() == []
+    list(loader.chunks(0, 0, 4, 2))
+    loader.close()
+    assert loader_threads() == []
+
+
 @pytest.mark.parametrize(
     ("position", "number", "found"),
     [

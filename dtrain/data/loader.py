@@ -1,6 +1,7 @@
 """Owns what a rank is fed with, chunk by chunk; here from data that are read by rows, stream.py has those in batches.
 
-Reads ahead: this rank's rows, a few steps at a time, in a background thread that ends with the iterator.
+Reads ahead: this rank's rows, a few steps at a time, in a background thread; in a fit also what comes after the steps
+that were asked for.
 """
 
 from collections import deque
@@ -108,6 +109,16 @@ def steps_before(
     return found
 
 
+@dataclass(frozen=True)
+class _Early:
+    """A chunk that nobody has asked for yet, and the thread that reads it."""
+
+    pool: ThreadPoolExecutor
+    position: Position
+    num_steps: int
+    chunk: Future[Chunk]
+
+
 class Loader:
     """Reads this rank's rows ahead of the step that needs them.
 
@@ -135,6 +146,9 @@ class Loader:
         self.sampler = Sampler(plan, first_epoch)
         self.convert = convert
         self.prefetch = prefetch
+        self.epochs = 0
+        """Before this one, what comes after the steps that were asked for is read early."""
+        self._early: _Early | None = None
         self.deal(rank, world_size)
 
     @property
@@ -157,12 +171,17 @@ class Loader:
         return self.chunks(first_epoch, 0, self.steps_in_epoch(first_epoch), steps_per_chunk)
 
     def deal(self, rank: int, world_size: int) -> None:
+        self.close()
         self.rank = rank
         self.world_size = world_size
         if isinstance(self.source, Blocked):
             self.source.keep(self.sampler.open_blocks(world_size, rank))
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give up what was read early, and its thread."""
+        early, self._early = self._early, None
+        if early is not None:
+            early.pool.shutdown(wait=True, cancel_futures=True)
 
     def opened(self, first: Tree, model: ModelDescription | None) -> Opened:
         kind, plan = type(self.source).__name__, self.plan
@@ -173,19 +192,43 @@ class Loader:
 
         A chunk never mixes mini-batches of different sizes: the partial one at the end of a pass comes alone. What the
         source raises is raised here, when its chunk is due. The thread lives from the first chunk until the iterator is
-        exhausted, closed, or has raised.
+        exhausted, closed, or has raised; where it has read the next chunk early, until that was asked for, or `close`.
         """
-        ahead: deque[Future[Chunk]] = deque()
-        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtrain-loader")
+        pool, ahead, step = self._begin(Position(epoch, first_step), num_steps)
+        is_whole = False
         try:
-            for span in self._spans(epoch, first_step, num_steps, steps_per_chunk):
+            for span in self._spans(epoch, step, first_step + num_steps - step, steps_per_chunk):
                 ahead.append(pool.submit(self._read, epoch, *span))
                 if len(ahead) > self.prefetch:
                     yield ahead.popleft().result()
+            self._read_early(pool, Position(epoch, first_step + num_steps), steps_per_chunk)
             while ahead:
                 yield ahead.popleft().result()
+            is_whole = True
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            if not is_whole:
+                self.close()
+            if self._early is None:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _begin(self, position: Position, num_steps: int) -> tuple[ThreadPoolExecutor, deque[Future[Chunk]], int]:
+        """A thread, the chunk that it has read already, if it is what comes next, and the step after that."""
+        early = self._early
+        if early is not None and early.position == position and early.num_steps <= num_steps:
+            self._early = None
+            return early.pool, deque([early.chunk]), position.step + early.num_steps
+        self.close()
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtrain-loader"), deque(), position.step
+
+    def _read_early(self, pool: ThreadPoolExecutor, position: Position, longest: int) -> None:
+        """The first chunk of what is likely to be asked for next, so that nobody waits for it then."""
+        if position.step == self.steps_in_epoch(position.epoch):
+            position = Position(position.epoch + 1, 0)
+        if self.prefetch and position.epoch < self.epochs:
+            left = self.steps_in_epoch(position.epoch) - position.step
+            first_step, num_steps = next(self._spans(position.epoch, position.step, left, longest))
+            chunk = pool.submit(self._read, position.epoch, first_step, num_steps)
+            self._early = _Early(pool, position, num_steps, chunk)
 
     def _spans(self, epoch: int, first_step: int, num_steps: int, longest: int) -> Iterator[tuple[int, int]]:
         """The first step and the number of steps of each chunk."""
