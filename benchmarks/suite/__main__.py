@@ -20,7 +20,7 @@ import ray
 
 from benchmarks.suite import measure, report
 from benchmarks.suite.machine import wait_for_calm
-from benchmarks.suite.rows import OURS, ROWS, Row
+from benchmarks.suite.rows import ROWS, Row
 
 FOLDER = Path(__file__).parents[1]
 
@@ -42,14 +42,14 @@ def run(row: Row, rounds: int, patience: float) -> tuple[list[report.Line], meas
                 title=row.title,
                 what=ratio.title,
                 unit=row.unit,
-                ours=measure.seconds(found, OURS),
+                ours=measure.seconds(found, ratio.ours),
                 peer=ratio.peer,
                 peer_seconds=measure.seconds(found, ratio.peer),
                 ratio=value,
                 bar=ratio.bar,
                 at_most=ratio.at_most,
                 met=ratio.is_met(value.median),
-                noise=measure.noise(found, OURS),
+                noise=measure.noise(found, ratio.ours),
                 others=measure.spread(others),
             )
         )

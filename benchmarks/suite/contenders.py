@@ -4,9 +4,14 @@
 """
 
 import contextlib
+import os
+import signal
 import socket
 import statistics
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -61,9 +66,7 @@ class Ours:
             partial(model_fn, self.work),
             num_workers=workers,
             threads_per_worker=THREADS,
-            tracking=False,
-            checkpoint=False,
-            **options,
+            **{"tracking": False, "checkpoint": False, **options},
         )
 
     def check(self) -> list[list[Any]]:
@@ -84,6 +87,37 @@ class Ours:
 
     def close(self) -> None:
         self.trainer.shutdown()
+
+
+class SlowInput(Ours):
+    """dtrain, with a data source that takes so many seconds to read a row."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        super().__init__(name)
+        self.source = Slow(*self.data, seconds)
+        self.data = (self.source,)
+
+    def read(self) -> float:
+        """Seconds to read a worker's rows of a mini-batch."""
+        rows = np.arange(self.work.batch_size // self.workers)
+        started = time.perf_counter()
+        for _ in range(self.steps):
+            self.source.read(rows)
+        return (time.perf_counter() - started) / self.steps
+
+
+class Slow(dtrain.data.DataSource):
+    """Arrays, of which each row takes some seconds to be read."""
+
+    def __init__(self, x: Any, y: Any, seconds: float) -> None:
+        self.x, self.y, self.seconds = x, y, seconds
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def read(self, indices: Any) -> Any:
+        time.sleep(self.seconds * len(indices))
+        return self.x[indices], self.y[indices]
 
 
 class Independent:
@@ -185,6 +219,25 @@ def check_weights(who: str, ranks: Sequence[Sequence[Any]], reference: Sequence[
     if not largest <= TOLERANCE:
         raise WrongResult(f"{who} ended {largest:.1e} from one plain Keras process; {TOLERANCE:.0e} is allowed")
     return largest
+
+
+@contextlib.contextmanager
+def mlflow_server(folder: str) -> Iterator[str]:
+    """Where one listens that keeps its runs in a folder."""
+    (port,) = _free_ports(1)
+    store = ["--backend-store-uri", f"sqlite:///{folder}.db", "--artifacts-destination", folder]
+    command = [sys.executable, "-m", "mlflow", "server", *store, "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        until = time.monotonic() + 120
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            if time.monotonic() > until or server.poll() is not None:
+                raise RuntimeError("mlflow server does not start")
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -49,10 +49,22 @@ def ratio(rounds: Rounds, above: str, below: str) -> Spread:
     return spread([min(one) / min(other) for one, other in zip(rounds[above], rounds[below], strict=True)])
 
 
+def ratio_of_all(rounds: Rounds, above: str, below: str) -> Spread:
+    """Of what two contenders took in all blocks together: where each block is another piece of luck."""
+    sums = [sum(sum(pair) for pair in rounds[name]) for name in (above, below)]
+    return spread([sums[0] / sums[1]])
+
+
 def ratio_to_sum(rounds: Rounds, above: str, below: Sequence[str], more: float) -> Spread:
     """Of what one took to what others took together, and `more` seconds."""
     sums = [more + sum(min(rounds[name][i]) for name in below) for i in range(len(rounds[above]))]
     return spread([min(one) / total for one, total in zip(rounds[above], sums, strict=True)])
+
+
+def ratio_to_slower(rounds: Rounds, above: Sequence[str], below: str) -> Spread:
+    """Of what the slower of some contenders took to what one took, round by round."""
+    slowest = [max(min(rounds[name][i]) for name in above) for i in range(len(rounds[below]))]
+    return spread([slow / min(one) for slow, one in zip(slowest, rounds[below], strict=True)])
 
 
 def noise(rounds: Rounds, name: str) -> Spread:

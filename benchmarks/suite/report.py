@@ -42,10 +42,11 @@ class Line:
 
 def cells(line: Line) -> tuple[str, ...]:
     """A line's texts, in the order of COLUMNS."""
+    in_words = "{:.3g} epochs".format if line.unit == "epochs" else _time
     return (
         f"{line.title}: {line.what}",
-        _time(line.ours.median),
-        f"{line.peer} {_time(line.peer_seconds.median)}",
+        in_words(line.ours.median),
+        f"{line.peer} {in_words(line.peer_seconds.median)}",
         f"{line.ratio.median:.2f}",
         f"{line.ratio.low:.2f} to {line.ratio.high:.2f}",
         f"{'≤' if line.at_most else '≥'} {line.bar:g}",

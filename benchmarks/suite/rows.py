@@ -2,17 +2,22 @@
 
 import contextlib
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+import dtrain
 from benchmarks.suite import contenders, measure, passes
-from benchmarks.suite.contenders import Horovod, Independent, MirroredStrategy, Ours
+from benchmarks.suite.contenders import Horovod, Independent, MirroredStrategy, Ours, SlowInput, mlflow_server
 from benchmarks.suite.first_step import Script, WorkerStart
+from benchmarks.suite.learning import learners
+from benchmarks.suite.many import growth, many_ranks
 from benchmarks.suite.measure import Rounds, Spread
 from benchmarks.suite.processes import Group
+from benchmarks.suite.work import WORKS
 
 OURS, ONE_WORKER = "dtrain", "one worker"
 
@@ -27,6 +32,7 @@ class Ratio:
         peer: the contender whose seconds stand beside dtrain's.
         bar: what the median has to reach.
         at_most: the bar is an upper one.
+        ours: the contender whose seconds stand as dtrain's.
     """
 
     title: str
@@ -34,6 +40,7 @@ class Ratio:
     peer: str
     bar: float
     at_most: bool
+    ours: str = OURS
 
     def is_met(self, value: float) -> bool:
         return value <= self.bar if self.at_most else value >= self.bar
@@ -47,7 +54,7 @@ class Row:
         name: for BENCH=.
         number: its place in the list of bars.
         title: what the work is.
-        unit: what the contenders' seconds are for.
+        unit: what the contenders' seconds are for; "epochs": they are no seconds, but epochs.
         start: makes the contenders, by name, the first of which is dtrain; checks them; closes them at the end.
         ratios: what is taken.
         share: of the rounds that are asked for, how many this row does; its blocks are long.
@@ -70,6 +77,20 @@ def time_ratio(title: str, peer: str, bar: float) -> Ratio:
 def throughput_ratio(title: str, peer: str, bar: float) -> Ratio:
     """dtrain's throughput over the peer's: at least the bar."""
     return Ratio(title, lambda rounds: measure.ratio(rounds, peer, OURS), peer, bar, at_most=False)
+
+
+def _ratio_of(title: str, ours: str, peer: str, bar: float) -> Ratio:
+    """The time of another one of dtrain's over a peer's."""
+    return Ratio(title, lambda rounds: measure.ratio(rounds, ours, peer), peer, bar, at_most=True, ours=ours)
+
+
+def _epochs(title: str, ours: str) -> Ratio:
+    return Ratio(title, lambda rounds: measure.ratio_of_all(rounds, ours, "N=1"), "N=1", 1.1, at_most=True, ours=ours)
+
+
+def _alone(title: str, ours: str, bar: float) -> Ratio:
+    """No ratio, but what a contender took."""
+    return Ratio(title, lambda rounds: measure.seconds(rounds, ours), ours, bar, at_most=True, ours=ours)
 
 
 @contextlib.contextmanager
@@ -110,6 +131,32 @@ def first_steps() -> Iterator[Mapping[str, Any]]:
     address = ray.get_runtime_context().gcs_address
     scripts = {OURS: Script("dtrain", address), "plain": Script("plain"), "worker start": WorkerStart()}
     yield {who: script.block for who, script in scripts.items()}
+
+
+@contextlib.contextmanager
+def slow_input() -> Iterator[Mapping[str, Any]]:
+    """The same work with data that come as fast as the steps are made, without, and those data alone."""
+    with steps("cnn", {"steps": lambda: Ours("cnn")}) as blocks:
+        rows = WORKS["cnn"].batch_size // 2
+        ours = SlowInput("cnn", blocks["steps"]() / rows)
+        try:
+            yield {OURS: ours.block, **blocks, "input": ours.read}
+        finally:
+            ours.close()
+
+
+@contextlib.contextmanager
+def tracked() -> Iterator[Mapping[str, Any]]:
+    """A fit with five metrics on record, and without a record."""
+    with tempfile.TemporaryDirectory() as folder, mlflow_server(f"{folder}/server") as server:
+
+        def to(uri: str) -> Callable[[], Ours]:
+            config = dtrain.MLflowConfig(tracking_uri=uri, log_model=False)
+            return lambda: Ours("metrics", tracking=config, storage_path=folder)
+
+        kinds = {OURS: to(f"sqlite:///{folder}/mlflow.db"), "server": to(server), "no record": lambda: Ours("metrics")}
+        with steps("metrics", kinds) as blocks:
+            yield blocks
 
 
 ROWS = (
@@ -172,6 +219,33 @@ ROWS = (
         share=0.6,
     ),
     Row(
+        "input",
+        6,
+        "CNN on 2 workers, data that come as fast as the steps are made",
+        "step",
+        slow_input,
+        (
+            Ratio(
+                "throughput / the slower of steps and input",
+                lambda rounds: measure.ratio_to_slower(rounds, ["steps", "input"], OURS),
+                "steps",
+                0.95,
+                at_most=False,
+            ),
+        ),
+    ),
+    Row(
+        "tracking",
+        8,
+        "CNN with five metrics on 2 workers, journal and MLflow at their usual rate",
+        "step",
+        tracked,
+        (
+            time_ratio("SQLite / no record", "no record", 1.01),
+            _ratio_of("server / no record", "server", "no record", 1.01),
+        ),
+    ),
+    Row(
         "first-step",
         9,
         "first step of a script, 2 workers on a warm Ray",
@@ -185,6 +259,35 @@ ROWS = (
                 1.0,
                 at_most=True,
             ),
+        ),
+        share=0.4,
+    ),
+    Row(
+        "epochs",
+        11,
+        "97 % on digits with the linear scaling rule, 16 rows a worker",
+        "epochs",
+        lambda: learners(OURS),
+        (_epochs("4 workers / 1", OURS), _epochs("2 workers / 1", "N=2")),
+        share=0.3,
+    ),
+    Row(
+        "ranks",
+        12,
+        "2, 4, 8 and 16 ranks with nothing to do",
+        "sum of 8 bytes, start, second",
+        lambda: many_ranks(OURS),
+        (
+            Ratio(
+                "sum of 8 bytes over 16 and 2 ranks: exponent of growth",
+                lambda rounds: growth(rounds, OURS),
+                "2 ranks",
+                1.0,
+                at_most=True,
+            ),
+            _alone("start of 16, seconds", "start of 16", 1.5),
+            _alone("start of 2, seconds", "start of 2", 0.2),
+            _alone("idle, share of a core", "idle", 0.005),
         ),
         share=0.4,
     ),

@@ -90,6 +90,24 @@ def make_cnn(keras: Any) -> Any:
     )
 
 
+def make_with_metrics(keras: Any) -> Any:
+    """The CNN with five metrics."""
+    model = make_cnn(keras)
+    metrics = keras.metrics
+    model.compile(
+        model.optimizer,
+        model.loss,
+        metrics=[
+            "accuracy",
+            metrics.SparseTopKCategoricalAccuracy(2, name="top_2"),
+            metrics.SparseTopKCategoricalAccuracy(3, name="top_3"),
+            metrics.SparseTopKCategoricalAccuracy(5, name="top_5"),
+            metrics.SparseCategoricalCrossentropy(from_logits=True, name="crossentropy"),
+        ],
+    )
+    return model
+
+
 def make_deep(keras: Any) -> Any:
     """200 variables, of 8 numbers or 64 (the last two: of 10 and 80)."""
     layers = keras.layers
@@ -120,6 +138,7 @@ def make_embedding(keras: Any) -> Any:
 WORKS: Mapping[str, Work] = {
     "mlp": Work(make_mlp, (100,), 64, 200),
     "cnn": Work(make_cnn, (28, 28, 1), 128, 25),
+    "metrics": Work(make_with_metrics, (28, 28, 1), 128, 100),
     "deep": Work(make_deep, (8,), 64, 100),
     "embedding": Work(make_embedding, (50,), 100, 8, vocabulary=1_000_000),
 }
