@@ -4,7 +4,7 @@ SHELL := /bin/bash
 UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 RUN := .venv/bin
 DATA ?= mnist
-BESIDE = --numprocesses=$(or $(JOBS),2) --dist=loadfile --no-loadscope-reorder
+BESIDE = --numprocesses=$(or $(JOBS),3) --dist=loadfile --no-loadscope-reorder
 
 # To compile TensorFlow's Python takes three times as long as to import it: only the first process is to do it.
 unexport PYTHONDONTWRITEBYTECODE
@@ -30,7 +30,7 @@ setup: tools ## the locked environment in .venv, with Horovod built from its sou
 quickstart: setup ## train a small network on real digits on 2 workers (DATA=fashion-mnist: on 60,000 images)
 	$(RUN)/python examples/mnist.py --data $(DATA)
 
-test: setup ## the whole test suite, in two processes side by side (JOBS=1: one)
+test: setup ## the whole test suite, in three processes side by side (JOBS=1: one)
 	$(RUN)/pytest $(BESIDE)
 
 test-fast: setup ## what is worth running after every change
