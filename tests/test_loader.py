@@ -149,6 +149,16 @@ def test_a_fit_reads_the_next_chunk_early_up_to_its_last_step() -> None:
     assert threads == [1, 1, 0] and source.reads == num_chunks  # each was read once
 
 
+def test_what_was_read_early_comes_in_chunks_that_are_short_enough() -> None:
+    loader, plain = (Loader(ArraySource(X), BatchPlan(101, 10), 0, 1) for _ in range(2))
+    loader.epochs = 1
+    list(loader.chunks(0, 0, 2, 3))
+    found, expected = ([*each.chunks(0, 2, 6, 2)] for each in (loader, plain))
+    assert [chunk.num_steps for chunk in found] == [2, 1, 2, 1] and found[1].first_step == 4
+    assert [row for chunk in found for row in rows_of(chunk)] == [row for chunk in expected for row in rows_of(chunk)]
+    loader.close()
+
+
 @pytest.mark.parametrize("elsewhere", [(0, 2, 4), (0, 4, 1), (1, 0, 4)])
 def test_what_was_read_early_in_vain_is_given_up(elsewhere: tuple[int, int, int]) -> None:
     loader = Loader(ArraySource(X), BatchPlan(101, 10), 0, 1)

@@ -533,7 +533,7 @@ class Counting:
         return getattr(self._collective, name)
 
     def all_reduce(self, tensors: Any, name: str) -> Any:
-        if name.startswith("gradients"):
+        if tensors and name.startswith("gradients"):
             with tf.control_dependencies([self.count.assign_add(1)]):
                 tensors = [tf.identity(tensor) for tensor in tensors]
         return self._collective.all_reduce(tensors, name)

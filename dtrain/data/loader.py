@@ -7,7 +7,7 @@ that were asked for.
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -119,6 +119,16 @@ class _Early:
     chunk: Future[Chunk]
 
 
+def _part(read: Future[Chunk], start: int, stop: int) -> Chunk:
+    """Those of a chunk's steps; runs in the thread that has read it."""
+    chunk = read.result()
+    if start == 0 and stop >= chunk.num_steps:
+        return chunk
+    data = map_tree(lambda leaf: leaf[start:stop], chunk.data)
+    count = min(stop, chunk.num_steps) - start
+    return replace(chunk, first_step=chunk.first_step + start, num_steps=count, data=data)
+
+
 class Loader:
     """Reads this rank's rows ahead of the step that needs them.
 
@@ -194,7 +204,7 @@ class Loader:
         source raises is raised here, when its chunk is due. The thread lives from the first chunk until the iterator is
         exhausted, closed, or has raised; where it has read the next chunk early, until that was asked for, or `close`.
         """
-        pool, ahead, step = self._begin(Position(epoch, first_step), num_steps)
+        pool, ahead, step = self._begin(Position(epoch, first_step), num_steps, steps_per_chunk)
         is_whole = False
         try:
             for span in self._spans(epoch, step, first_step + num_steps - step, steps_per_chunk):
@@ -211,12 +221,16 @@ class Loader:
             if self._early is None:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _begin(self, position: Position, num_steps: int) -> tuple[ThreadPoolExecutor, deque[Future[Chunk]], int]:
-        """A thread, the chunk that it has read already, if it is what comes next, and the step after that."""
+    def _begin(
+        self, position: Position, num_steps: int, longest: int
+    ) -> tuple[ThreadPoolExecutor, deque[Future[Chunk]], int]:
+        """A thread, what it has read already if that comes next, in chunks of `longest` steps, and the step after."""
         early = self._early
         if early is not None and early.position == position and early.num_steps <= num_steps:
             self._early = None
-            return early.pool, deque([early.chunk]), position.step + early.num_steps
+            starts = range(0, early.num_steps, longest)
+            parts = deque(early.pool.submit(_part, early.chunk, start, start + longest) for start in starts)
+            return early.pool, parts, position.step + early.num_steps
         self.close()
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtrain-loader"), deque(), position.step
 
