@@ -136,6 +136,7 @@ class RankFit:
             self._replica.beat("callbacks, on_train_end")
             self._callbacks("on_train_end", logs=self._replica.nested("train", self._epoch_logs))
         self._has_ended = True
+        self._replica.beat("reading data")
         self.close()
         return self._callbacks.history()
 
@@ -169,6 +170,8 @@ class RankFit:
         epoch, step = part.segment.position.epoch, part.segment.position.step
         looked_at = self._hooks.are_used or self._model.stop_training  # by Keras, too, after a first call
         steps_per_call = self._model.steps_per_execution if looked_at else self._steps_per_call()
+        if self._model.stop_training and isinstance(self._feed, Loader):
+            self._feed.close()  # what was read early has another number of steps than Keras would take now
         started, waited = time.perf_counter(), self._collective.waited_in_all
         chunks = chunks_of(self._feed, epoch, step, part.segment.num_steps, steps_per_call, looked_at)
         with contextlib.closing(chunks):
@@ -513,6 +516,7 @@ class RankFit:
             What this rank alone has now.
         """
         rank, world_size = self._collective.rank, self._collective.world_size
+        self._replica.beat("reading data")
         self._replica.resize()
         for feed in (self._feed, self._validation):
             if feed is not None:

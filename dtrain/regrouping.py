@@ -207,7 +207,8 @@ class Regrouping:
         group = self._group
         if self._is_resizing:
             left = [rank for rank in range(len(group.workers)) if rank not in dead]
-            group.wait(group.submit("resize", self._handover, Lost(), ranks=left), ranks=left, survivable=True)
+            calls = group.submit("resize", self._handover, Lost(), ranks=left)
+            group.wait(calls, self._fit.watch, ranks=left, survivable=True)
             self._is_resizing = False
         else:
             calls = group.submit("catch_up", self._handover, ranks=behind)

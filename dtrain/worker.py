@@ -274,7 +274,10 @@ class Worker:
     def resize(self, handover: Any, lost: Any) -> dict[str, Array]:
         """After `renumber`: see `dtrain.rank_fit.RankFit.resize`."""
         _raise_failure(handover)
-        own: dict[str, Array] = self._replica.fit.resize(handover, lost)
+        try:
+            own: dict[str, Array] = self._replica.fit.resize(handover, lost)
+        finally:
+            self._replica.rest()
         return own
 
     @_reported

@@ -1,6 +1,7 @@
 """Claims about reading ahead: the right rows, in order, and no thread left behind."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -157,6 +158,24 @@ def test_what_was_read_early_comes_in_chunks_that_are_short_enough() -> None:
     assert [chunk.num_steps for chunk in found] == [2, 1, 2, 1] and found[1].first_step == 4
     assert [row for chunk in found for row in rows_of(chunk)] == [row for chunk in expected for row in rows_of(chunk)]
     loader.close()
+
+
+def test_two_loaders_never_read_at_once() -> None:
+    class Busy(Recording):
+        at_once = most = 0
+
+        def read(self, indices: np.ndarray) -> Tree:
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
+            time.sleep(0.002)
+            self.at_once -= 1
+            return X[indices]
+
+    source = Busy()
+    loaders = [Loader(source, BatchPlan(101, 10), 0, 1).chunks(0, 0, 10, 1) for _ in range(2)]
+    for _ in zip(*loaders, strict=True):
+        pass
+    assert source.most == 1
 
 
 @pytest.mark.parametrize("elsewhere", [(0, 2, 4), (0, 4, 1), (1, 0, 4)])

@@ -512,6 +512,18 @@ def test_a_feed_does_not_go_on_after_other_batches_than_before(
                 told(other, Position(*place), 3)
 
 
+def test_validation_in_a_group_of_another_size_says_nothing_of_passes_it_skips(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    feed = StreamLoader(Told(6), 0, 1, list, purpose="validation")
+    list(feed.one_pass(2))
+    feed.deal(0, 1)
+    feed.reopen()
+    feed.skip_passes(1)
+    assert len(list(feed.one_pass(1))) == 6
+    assert capsys.readouterr().out == ""
+
+
 def test_a_feed_that_is_dealt_anew_does_not_go_on_after_other_batches() -> None:
     source = Told(6)
     feed = StreamLoader(source, 0, 1, list)

@@ -4,6 +4,7 @@ Reads ahead: this rank's rows, a few steps at a time, in a background thread; in
 that were asked for.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -107,6 +108,10 @@ def steps_before(
         found.insert(0, Segment(position, count))
         number -= count
     return found
+
+
+_READING = threading.Lock()
+"""One thread at a time reads sources: what is validated on may share a file or a cache with what is trained on."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +263,7 @@ class Loader:
         global_rows = self.sampler.batch_size_at(epoch, first_step)
         part = shard(global_rows, self.world_size, self.rank)
         rows = np.stack(list(self.sampler.batches(epoch, first_step, num_steps, part.rows)))
-        flat = self.source.read(rows.reshape(-1))
+        with _READING:
+            flat = self.source.read(rows.reshape(-1))
         data = map_tree(lambda leaf: leaf.reshape(rows.shape + leaf.shape[1:]), flat)
         return Chunk(first_step, num_steps, self.convert(data), part.share, part.whole, global_rows)

@@ -275,7 +275,7 @@ class StreamLoader:
     def deal(self, rank: int, world_size: int) -> None:
         """What was read ahead is of another split: the input is read again up to where it stands."""
         self.rank, self.world_size = rank, world_size
-        self._expected = self._marks
+        self._expected = self._marks if self._purpose == "train" else {}  # of others, passes are skipped unread
         self._close_reader()
         self._position = None
 
