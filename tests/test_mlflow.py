@@ -131,6 +131,7 @@ def test_an_interrupted_fit_is_killed(local_ray: None, in_tmp: Path, monkeypatch
             raise KeyboardInterrupt
 
     monkeypatch.setattr(fit_run, "ProgressBar", Interrupted)
+    monkeypatch.setattr("dtrain.tracking.KILLED_SECONDS", 300.0)  # a new database takes MLflow many seconds
     config = dtrain.MLflowConfig(tracking_uri="sqlite:///here.db", experiment_name="given", tags={"team": "blue"})
     x, y = data()
     with (
