@@ -203,10 +203,8 @@ def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
 
 def learning_rate(model: keras.Model) -> float | None:
     """The compiled optimizer's learning rate now; None where there is not one of them."""
-    try:
-        return float(np.asarray(model.optimizer.learning_rate))
-    except (AttributeError, TypeError, ValueError, NotImplementedError):
-        return None
+    rate = getattr(model.optimizer, "learning_rate", None)  # a MultiOptimizer has none
+    return None if rate is None else float(np.asarray(rate))
 
 
 def constant_rate(model: keras.Model) -> float | None:
