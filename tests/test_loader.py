@@ -160,6 +160,19 @@ def test_what_was_read_early_comes_in_chunks_that_are_short_enough() -> None:
     loader.close()
 
 
+def test_what_is_left_of_a_chunk_read_early_is_kept() -> None:
+    source = Recording()
+    loader, plain = Loader(source, BatchPlan(101, 10), 0, 1), Loader(ArraySource(X), BatchPlan(101, 10), 0, 1)
+    loader.epochs = 1
+    calls = [(0, 0, 1, 8), (0, 1, 2, 1), (0, 3, 1, 8), (0, 4, 7, 3)]  # 1 to 8 are read early
+    found, expected = (
+        [row for place in calls for chunk in each.chunks(*place) for row in rows_of(chunk)] for each in (loader, plain)
+    )
+    assert found == expected
+    assert source.reads == 4  # 0, 1 to 8, 9, 10
+    assert loader_threads() == []
+
+
 def test_two_loaders_never_read_at_once() -> None:
     class Busy(Recording):
         at_once = most = 0

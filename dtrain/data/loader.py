@@ -116,22 +116,26 @@ _READING = threading.Lock()
 
 @dataclass(frozen=True)
 class _Early:
-    """A chunk that nobody has asked for yet, and the thread that reads it."""
+    """Steps of a chunk that nobody has asked for yet, and the thread that reads it.
+
+    Attributes:
+        position: of the first of them.
+        steps: which of the chunk's they are.
+    """
 
     pool: ThreadPoolExecutor
     position: Position
-    num_steps: int
+    steps: range
     chunk: Future[Chunk]
 
 
-def _part(read: Future[Chunk], start: int, stop: int) -> Chunk:
+def _part(read: Future[Chunk], steps: range) -> Chunk:
     """Those of a chunk's steps; runs in the thread that has read it."""
     chunk = read.result()
-    if start == 0 and stop >= chunk.num_steps:
+    if len(steps) == chunk.num_steps:
         return chunk
-    data = map_tree(lambda leaf: leaf[start:stop], chunk.data)
-    count = min(stop, chunk.num_steps) - start
-    return replace(chunk, first_step=chunk.first_step + start, num_steps=count, data=data)
+    data = map_tree(lambda leaf: leaf[steps.start : steps.stop], chunk.data)
+    return replace(chunk, first_step=chunk.first_step + steps.start, num_steps=len(steps), data=data)
 
 
 class Loader:
@@ -231,23 +235,27 @@ class Loader:
     ) -> tuple[ThreadPoolExecutor, deque[Future[Chunk]], int]:
         """A thread, what it has read already if that comes next, in chunks of `longest` steps, and the step after."""
         early = self._early
-        if early is not None and early.position == position and early.num_steps <= num_steps:
-            self._early = None
-            starts = range(0, early.num_steps, longest)
-            parts = deque(early.pool.submit(_part, early.chunk, start, start + longest) for start in starts)
-            return early.pool, parts, position.step + early.num_steps
+        if early is not None and early.position == position:
+            steps, rest = early.steps[:num_steps], early.steps[num_steps:]
+            position = Position(position.epoch, position.step + len(steps))
+            self._early = replace(early, position=position, steps=rest) if rest else None
+            starts = range(0, len(steps), longest)
+            parts = deque(early.pool.submit(_part, early.chunk, steps[start : start + longest]) for start in starts)
+            return early.pool, parts, position.step
         self.close()
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtrain-loader"), deque(), position.step
 
     def _read_early(self, pool: ThreadPoolExecutor, position: Position, longest: int) -> None:
         """The first chunk of what is likely to be asked for next, so that nobody waits for it then."""
+        if self._early is not None:  # there is more of the last one
+            return
         if position.step == self.steps_in_epoch(position.epoch):
             position = Position(position.epoch + 1, 0)
         if self.prefetch and position.epoch < self.epochs:
             left = self.steps_in_epoch(position.epoch) - position.step
             first_step, num_steps = next(self._spans(position.epoch, position.step, left, longest))
             chunk = pool.submit(self._read, position.epoch, first_step, num_steps)
-            self._early = _Early(pool, position, num_steps, chunk)
+            self._early = _Early(pool, position, range(num_steps), chunk)
 
     def _spans(self, epoch: int, first_step: int, num_steps: int, longest: int) -> Iterator[tuple[int, int]]:
         """The first step and the number of steps of each chunk."""

@@ -34,7 +34,9 @@ class DataSource(Protocol):
     def read(self, indices: npt.NDArray[np.int64]) -> Tree:
         """The rows at `indices`, in their order: (x,), (x, y) or (x, y, sample_weight), each leaf (len(indices), ...).
 
-        It is called from a background thread. What it returns may share memory with the source: never write to it.
+        It is called from background threads, one at a time in each worker, and ahead of need: the first rows of the
+        next epoch may be read before this one's hooks have run. What it returns may share memory with the source:
+        never write to it.
         """
         ...
 
