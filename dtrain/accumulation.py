@@ -42,7 +42,7 @@ def reduce_window(optimizer: keras.optimizers.Optimizer, variables: Any) -> Call
 
         def update() -> list[tf.Tensor]:
             totals = [accumulator.value + grad for accumulator, grad in zip(accumulators, own, strict=True)]
-            reduced = reduction.collective.all_reduce(totals, name)
+            reduced, _ = reduction.sum(totals, name)
             with tf.control_dependencies(reduced):
                 for accumulator in accumulators:  # Keras adds them to what it is given
                     accumulator.assign(tf.zeros_like(accumulator.value))

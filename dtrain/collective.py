@@ -14,13 +14,15 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
 import tensorflow as tf
 
 from dtrain.errors import LostPeer
-from dtrain.types import Array, Membership
+from dtrain.types import Array, Compression, Membership
+from dtrain.wire import SHORTENED, sum_in_16_bits
 
 
 class Collective(Protocol):
@@ -51,8 +53,14 @@ class Collective(Protocol):
         None: nobody counts them.
         """
 
-    def all_reduce(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
-        """Sum each tensor over ranks. Differentiable; works eagerly and inside a tf.function."""
+    def all_reduce(
+        self, tensors: Sequence[tf.Tensor], name: str, compression: Compression | None = None
+    ) -> list[tf.Tensor]:
+        """Sum each tensor over ranks. Works eagerly and inside a tf.function; differentiable without `compression`.
+
+        Args:
+            compression: floats travel as such of 16 bits.
+        """
 
     def all_gather_slices(self, slices: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
         """Concatenate the rows of a sparse gradient over ranks, in rank order, unmerged."""
@@ -85,7 +93,9 @@ class LocalCollective:
     world_size = 1
     is_waiting = False
 
-    def all_reduce(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+    def all_reduce(
+        self, tensors: Sequence[tf.Tensor], name: str, compression: Compression | None = None
+    ) -> list[tf.Tensor]:
         return list(tensors)
 
     def all_gather_slices(self, slices: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
@@ -154,25 +164,35 @@ class HorovodCollective:
         self.rank = membership.rank
         self.world_size = membership.world_size
 
-    def all_reduce(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+    def all_reduce(
+        self, tensors: Sequence[tf.Tensor], name: str, compression: Compression | None = None
+    ) -> list[tf.Tensor]:
         if self.world_size == 1:
             return list(tensors)
         by_dtype: dict[tf.DType, list[int]] = defaultdict(list)
         for index, tensor in enumerate(tensors):
             by_dtype[tensor.dtype].append(index)
         reduced: list[Any] = [None] * len(tensors)
-        for dtype, indices in by_dtype.items():  # a grouped all-reduce is one node: all of it arrives, or none
+        for dtype, indices in by_dtype.items():
+            group = [tensors[index] for index in indices]
+            shortened = compression if dtype in SHORTENED else None
             with self._exchange():
-                group = self._hvd.grouped_allreduce(
-                    [tensors[index] for index in indices],
-                    op=self._hvd.Sum,
-                    name=f"{name}.{dtype.name}",
-                    ignore_name_scope=True,
-                )
-            for index, tensor in zip(indices, group, strict=True):
+                sums = self._sum(group, f"{name}.{dtype.name}", shortened)
+            for index, tensor in zip(indices, sums, strict=True):
                 tensor.set_shape(tensors[index].shape)
                 reduced[index] = tensor
         return reduced
+
+    def _sum(self, group: Sequence[tf.Tensor], name: str, compression: Compression | None) -> list[tf.Tensor]:
+        """The same of tensors of one dtype. A grouped all-reduce is one node: all of it arrives, or none."""
+        if compression is None:
+            sums: list[tf.Tensor] = self._hvd.grouped_allreduce(
+                group, op=self._hvd.Sum, name=name, ignore_name_scope=True
+            )
+            return sums
+        all_to_all = partial(self._hvd.alltoall, name=f"{name}.parts", ignore_name_scope=True)
+        all_gather = partial(self._hvd.allgather, name=f"{name}.sums", ignore_name_scope=True)
+        return sum_in_16_bits(group, compression, self.world_size, all_to_all, all_gather)
 
     def all_gather_slices(self, slices: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
         if self.world_size == 1:
@@ -268,6 +288,7 @@ def horovod_environment(membership: Membership, rendezvous: str, interface: str,
         "HOROVOD_GLOO_TIMEOUT_SECONDS": str(max(1, round(timeout))),
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
+        "HOROVOD_DISABLE_GROUP_FUSION": "1",  # or how a sum is rounded would hang on what is there at that moment
         "HOROVOD_LOG_LEVEL": os.environ.get("HOROVOD_LOG_LEVEL", "fatal"),
     }
 

@@ -26,6 +26,8 @@ import tensorflow as tf
 from dtrain.accumulation import reduce_window, sums_locally
 from dtrain.collective import Collective
 from dtrain.errors import ConfigError
+from dtrain.types import StepOptions
+from dtrain.wire import buckets
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Reduction:
         statistics: variables that a forward pass may assign (moving averages).
         assigned: the variables that the step has assigned so far. Statistics among them are made equal over ranks, as
             means weighted by rows, in the same buffer as the gradients.
-        sparse_as_dense: sparse gradients are made dense and summed instead of gathered.
+        options: what the user wants of steps.
         reduced: how often gradients were reduced so far.
         unreduced: the gradients that `reduce_gradients` was given.
         by_user: the forms of gradients that `reduce_gradients` has returned and no `apply` has taken yet.
@@ -56,7 +58,7 @@ class Reduction:
     whole: bool
     statistics: list[Any] = field(default_factory=list)
     assigned: list[Any] = field(default_factory=list)
-    sparse_as_dense: bool = False
+    options: StepOptions = field(default_factory=StepOptions)
     reduced: int = 0
     unreduced: list[Any] = field(default_factory=list)
     by_user: list[Any] = field(default_factory=list)
@@ -70,6 +72,22 @@ class Reduction:
     def has_statistics(self) -> bool:
         """Whether statistics were assigned since they were taken last."""
         return any(v is other for v in self.statistics for other in self.assigned)
+
+    def sum(
+        self, gradients: Sequence[tf.Tensor], name: str, riders: Sequence[tf.Tensor] = ()
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        """The sums over ranks of dense gradients, and of other tensors, which are known before and never shortened."""
+        sums: list[Any] = [None] * len(gradients)
+        compression, rode = self.options.compression, []
+        if riders and (compression or not gradients):
+            rode, riders = self.collective.all_reduce(riders, f"{name}-riders" if gradients else name), ()
+        for number, bucket in enumerate(buckets(gradients)):
+            sent = [*(gradients[index] for index in bucket), *(riders if number == 0 else ())]
+            found = self.collective.all_reduce(sent, f"{name}-{number}" if number else name, compression)
+            for index, value in zip(bucket, found, strict=False):
+                sums[index] = value
+            rode += found[len(bucket) :]
+        return sums, rode
 
     def across(self, operation: Callable[[tf.Tensor], tf.Tensor], tensor: tf.Tensor) -> tf.Tensor:
         """A collective operation of a forward pass, whose gradient is a sum over ranks.
@@ -274,20 +292,19 @@ def _form(grads: Sequence[Any]) -> list[Any]:
 
 def reduce(grads: Sequence[Any], name: str, reduction: Reduction) -> list[Any]:
     """Sum gradients over ranks; moving statistics ride along and are assigned their mean weighted by rows."""
-    if reduction.sparse_as_dense:
+    if reduction.options.sparse_as_dense:
         grads = [tf.convert_to_tensor(grad) if isinstance(grad, tf.IndexedSlices) else grad for grad in grads]
     statistics = reduction.due_statistics()
     riders = [_times(tf.convert_to_tensor(variable.value), reduction.share) for variable in statistics]
     dense = [index for index, grad in enumerate(grads) if isinstance(grad, tf.Tensor)]
-    sent = [grads[index] for index in dense] + riders
-    received = reduction.collective.all_reduce(sent, name) if sent else []
+    sums, means = reduction.sum([grads[index] for index in dense], name, riders)
     result = list(grads)
-    for index, tensor in zip(dense, received, strict=False):
+    for index, tensor in zip(dense, sums, strict=True):
         result[index] = tensor
     for index, grad in enumerate(grads):
         if isinstance(grad, tf.IndexedSlices):
             result[index] = _gather(grad, f"{name}.sparse{index}", reduction)
-    reduction.make_equal(statistics, received[len(dense) :])
+    reduction.make_equal(statistics, means)
     return result
 
 

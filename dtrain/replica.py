@@ -59,6 +59,7 @@ from dtrain.types import (
     Purpose,
     Segment,
     SegmentResult,
+    StepOptions,
     Tree,
 )
 
@@ -72,9 +73,7 @@ class Replica:
     Args:
         model: compiled; built by the first verb that brings data.
         collective: this rank's group.
-        sync_batch_norm: every BatchNormalization uses the statistics of the whole mini-batch.
-        sparse_as_dense: sparse gradients are made dense and summed, instead of gathered as they are.
-        skip_nan: a training step that makes a weight NaN or infinite is put back whole.
+        options: what steps are to be like.
         strikes: the faults that a test has planned.
     """
 
@@ -82,9 +81,7 @@ class Replica:
         self,
         model: keras.Model,
         collective: Collective,
-        sync_batch_norm: bool = False,
-        sparse_as_dense: bool = False,
-        skip_nan: bool = False,
+        options: StepOptions | None = None,
         strikes: Strikes | None = None,
     ) -> None:
         self.model = model
@@ -95,9 +92,7 @@ class Replica:
         self._built: set[Kind] = set()  # all that these steps need
         self._called: set[Kind] = set()
         self._is_first_call = True
-        self._sync_batch_norm = sync_batch_norm
-        self._sparse_as_dense = sparse_as_dense
-        self._skip_nan = skip_nan
+        self._options = options or StepOptions()
         self._has_variables = False
         self._waiting: State = {}  # of optimizers that train_step has yet to build
         self._steps: dict[Kind, Steps] = {}
@@ -150,9 +145,9 @@ class Replica:
         build_variables(self.model, keras_batch(batch))
         if not self.collective.is_alone:
             refuse_what_cannot_be_split(self.model)
-            if self._sync_batch_norm:
+            if self._options.sync_batch_norm:
                 synchronize(self.model)
-        if self._skip_nan and local_accumulators(self.model):
+        if self._options.skip_nan and local_accumulators(self.model):
             raise ConfigError(
                 "on_nan='skip' does not go with gradient_accumulation_steps: what is accumulated before a step"
                 " that is left out may hold its NaN; leave out one"
@@ -179,8 +174,7 @@ class Replica:
 
     def _new_steps(self) -> dict[Kind, Steps]:
         kinds: tuple[Kind, ...] = ("train", "test")
-        options = self._sparse_as_dense, self._skip_nan
-        return {kind: Steps(self.model, self.collective, self.metrics, kind, *options) for kind in kinds}
+        return {kind: Steps(self.model, self.collective, self.metrics, kind, self._options) for kind in kinds}
 
     def resize(self) -> None:
         """The group has another size, or this rank another number."""

@@ -125,7 +125,8 @@ def other_circumstances(manifest: Manifest, world_size: int, versions: Mapping[s
         found.append("another model, with the same weights (layers' settings, optimizer or loss)")
     if manifest.world_size != world_size:
         found.append(f"num_workers {world_size} instead of {manifest.world_size}")
-    settings = ("deterministic", "sync_batch_norm", "sparse_as_dense", "on_nan", "floatx", "dtype_policy")
+    steps = ("sync_batch_norm", "sparse_as_dense", "compression", "on_nan")
+    settings = ("deterministic", *steps, "floatx", "dtype_policy")
     validation = ("validation_digest", "validation_freq", "validation_steps")
     for name in ("tensorflow", "keras", "horovod", "numpy", "cpu", "threads", *settings, *validation):
         before, now = manifest.versions.get(name), versions.get(name)

@@ -24,7 +24,7 @@ from dtrain.losses import exact_losses
 from dtrain.metrics import MetricState, Source, flat_logs, nested_logs, places_in, shared_means
 from dtrain.model import named_variables, optimizers_of
 from dtrain.optimizer import Reduction, reduce, reduced_gradients
-from dtrain.types import Array, Shapes, Tree
+from dtrain.types import Array, Shapes, StepOptions, Tree
 from dtrain.undo import Records, Skips, Undo
 
 Kind = Literal["train", "test"]
@@ -48,8 +48,7 @@ class Steps:
         collective: the ranks that make the same calls.
         metrics: the model's metric state.
         kind: "train" calls the model's `train_step`, "test" its `test_step`.
-        sparse_as_dense: make sparse gradients dense before they are summed.
-        skip_nan: a training step that makes a weight NaN or infinite is put back whole.
+        options: what steps are to be like.
     """
 
     def __init__(
@@ -58,17 +57,16 @@ class Steps:
         collective: Collective,
         metrics: MetricState,
         kind: Kind,
-        sparse_as_dense: bool = False,
-        skip_nan: bool = False,
+        options: StepOptions,
     ) -> None:
         self._model = model
         self._collective = collective
         self._metrics = metrics
         self._kind = kind
-        self._sparse_as_dense = sparse_as_dense
+        self._options = options
         self._functions: dict[Any, Any] = {}
         self._records: Records | None = None
-        skips = kind == "train" and skip_nan
+        skips = kind == "train" and options.skip_nan
         self._undo = Undo(model, metrics) if kind == "train" and (collective.world_size > 1 or skips) else None
         self._skips = Skips(self._undo, metrics) if self._undo is not None and skips else None
         if self._undo is not None:
@@ -311,7 +309,7 @@ class Steps:
         """Inside, a step's gradients, losses and metrics are this rank's part of the whole mini-batch's."""
         with contextlib.ExitStack() as stack:
             assigned = stack.enter_context(recorded_assignments())
-            given = self._collective, share, whole, self._statistics(), assigned, self._sparse_as_dense
+            given = self._collective, share, whole, self._statistics(), assigned, self._options
             reduction = Reduction(*given, rows=rows)
             stack.enter_context(reduced_gradients(optimizers_of(self._model), reduction))
             stack.enter_context(shared_means(share))

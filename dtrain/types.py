@@ -270,6 +270,26 @@ class Predictions:
     sizes: tuple[int, ...]
 
 
+Compression = Literal["fp16", "bf16"]
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What a user may want of steps besides what Keras does.
+
+    Attributes:
+        sync_batch_norm: every BatchNormalization uses the statistics of the whole mini-batch.
+        sparse_as_dense: sparse gradients are made dense and summed, instead of gathered as they are.
+        skip_nan: a training step that makes a weight NaN or infinite is put back whole.
+        compression: dense gradients travel between ranks as floats of 16 bits.
+    """
+
+    sync_batch_norm: bool = False
+    sparse_as_dense: bool = False
+    skip_nan: bool = False
+    compression: Compression | None = None
+
+
 @dataclass(frozen=True)
 class WorkerSettings:
     """What a worker sets up before it runs any of the user's code.
@@ -282,9 +302,7 @@ class WorkerSettings:
         intra_threads: TensorFlow's threads within an operation.
         inter_threads: TensorFlow's threads across operations.
         keras: what the driver has set in Keras: floatx, epsilon, image_data_format, dtype_policy.
-        sync_batch_norm: BatchNormalization uses the statistics of the whole mini-batch.
-        sparse_as_dense: sparse gradients are made dense and summed, instead of gathered as they are.
-        skip_nan: a training step that makes a weight NaN or infinite is put back whole.
+        steps: what training steps are to be like.
         elastic: the group may grow: one of a single worker, too.
     """
 
@@ -295,9 +313,7 @@ class WorkerSettings:
     intra_threads: int
     inter_threads: int
     keras: Mapping[str, Any] = field(default_factory=dict)
-    sync_batch_norm: bool = False
-    sparse_as_dense: bool = False
-    skip_nan: bool = False
+    steps: StepOptions = field(default_factory=StepOptions)
     elastic: bool = False
 
 

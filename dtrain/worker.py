@@ -184,9 +184,7 @@ class Worker:
         self._replica = Replica(
             make_model(model_fn, config),
             self._collective,
-            self._settings.sync_batch_norm,
-            self._settings.sparse_as_dense,
-            self._settings.skip_nan,
+            self._settings.steps,
             self._strikes,
         )
 

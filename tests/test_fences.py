@@ -18,7 +18,7 @@ STOREYS = {
     " lease checkpoint runs tracking journal mlflow_run progress plots description history setup"
     " driver_tensorflow horovod_build _horovod_cmake data.blocks data.files data.columns"
     " data.parquet_files data.checks data.tf_records data.ray_blocks callback_state schedules data.given data.stream"
-    " state_tree callback_checkpoint interrupts fit_state slim_keras hardware",
+    " state_tree wire callback_checkpoint interrupts fit_state slim_keras hardware",
     "one rank": "replica rank_fit under_way rank_state batch_hooks undo struck_collective feeds step optimizer losses"
     " metrics batch_norm lookups callbacks accumulation",
     "many": "worker_group rooms spares newcomers outcomes worker telemetry cluster lost_nodes",
@@ -30,7 +30,7 @@ STOREYS = {
 OWNERS = {
     "ray": "cluster worker_group rooms spares newcomers outcomes worker telemetry lost_nodes data.ray_*",
     "tensorflow": "driver_tensorflow replica undo struck_collective feeds step optimizer losses metrics batch_norm"
-    " lookups collective setup accumulation data.tf_*",
+    " lookups collective setup accumulation wire data.tf_*",
     "keras": "model keras_internals replica rank_fit undo rank_state step optimizer losses metrics batch_norm callbacks"
     " setup schedules accumulation",
     "keras.src": "keras_internals",
@@ -43,7 +43,7 @@ OWNERS = {
     "matplotlib": "plots",
 }
 
-COLLECTIVES = {"init", "shutdown", "grouped_allreduce", "allreduce", "allgather", "broadcast", "Sum"}
+COLLECTIVES = {"init", "shutdown", "grouped_allreduce", "allreduce", "allgather", "alltoall", "broadcast", "Sum"}
 """All that may be used of Horovod."""
 
 FREE = {"numpy", "ml_dtypes", "cloudpickle", "psutil"}

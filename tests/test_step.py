@@ -532,11 +532,11 @@ class Counting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._collective, name)
 
-    def all_reduce(self, tensors: Any, name: str) -> Any:
+    def all_reduce(self, tensors: Any, name: str, compression: Any = None) -> Any:
         if tensors and name.startswith("gradients"):
             with tf.control_dependencies([self.count.assign_add(1)]):
                 tensors = [tf.identity(tensor) for tensor in tensors]
-        return self._collective.all_reduce(tensors, name)
+        return self._collective.all_reduce(tensors, name, compression)
 
 
 def sums_of_gradients(collective: Any) -> int:

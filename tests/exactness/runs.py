@@ -25,7 +25,7 @@ from dtrain.errors import ConfigError
 from dtrain.optimizer import reduce_gradients
 from dtrain.rank_fit import RankFit
 from dtrain.replica import Replica
-from dtrain.types import Array, BatchPlan, FitPlan, Position, Segment
+from dtrain.types import Array, BatchPlan, FitPlan, Position, Segment, StepOptions
 from exactness.cases import CORE, PARTS, PERMUTED_RUNS, UNEVEN, Run, Size
 from exactness.features import FEATURES, ClipsItself, Data, Feature, UpdatesNothing, classes, custom
 
@@ -111,7 +111,7 @@ def distributed(collective: Collective, feature_name: str, dtype: str, runs: Seq
         train, validation = make_data(feature, run.size)
         with _mistaken(run.wrong), _steps_per_call(run.steps_per_call):
             if replica is None or run.wrong == "rows apart":  # a mistake that is made while tracing
-                replica = Replica(_fresh_model(feature, dtype), collective, **feature.options)
+                replica = Replica(_fresh_model(feature, dtype), collective, StepOptions(**feature.options))
                 replica.build(_source(feature, train).read(np.zeros(1, np.int64)))
                 initial = initial or replica.read_state()
             replica.write_state(initial)

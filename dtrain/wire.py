@@ -1,0 +1,70 @@
+"""Owns how dense gradients travel between ranks: in buckets, and in 16 bits where the user wants that.
+
+A bucket is on its way while the backward pass still computes the next one. What is updated waits for all of them.
+"""
+
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+from dtrain.types import Compression
+
+BUCKET_BYTES = 25 * 2**20
+"""A bucket is full when it has so many bytes. Smaller ones cost a round of messages each."""
+
+_WIRE_TYPES = {"fp16": tf.float16, "bf16": tf.bfloat16}
+SHORTENED = tf.float32, tf.float64
+"""Numbers that may travel as others of 16 bits."""
+
+
+def buckets(gradients: Sequence[tf.Tensor]) -> list[list[int]]:
+    """The numbers of those that travel together.
+
+    Args:
+        gradients: in the order of a model's variables; so they are computed from the last to the first.
+    """
+    found: list[list[int]] = []
+    size = BUCKET_BYTES
+    for index in reversed(range(len(gradients))):
+        if size >= BUCKET_BYTES:
+            found.append([])
+            size = 0
+        found[-1].append(index)
+        size += gradients[index].dtype.size * (gradients[index].shape.num_elements() or 0)
+    return found
+
+
+def sum_in_16_bits(
+    tensors: Sequence[tf.Tensor],
+    compression: Compression,
+    world_size: int,
+    all_to_all: Callable[[tf.Tensor], tf.Tensor],
+    all_gather: Callable[[tf.Tensor], tf.Tensor],
+) -> list[tf.Tensor]:
+    """Sums over ranks of floats that travel as such of 16 bits, but are added up as what they are.
+
+    Each rank adds up one part of the numbers, and sends it to the others: so a number is rounded twice, whatever the
+    number of ranks, and all ranks have the same bits.
+
+    Args:
+        tensors: all of one dtype.
+        all_to_all: takes a vector, which is as long as those of the others, and returns the parts for this rank.
+        all_gather: takes a vector and returns those of all ranks.
+    """
+    sizes = [tf.size(tensor) for tensor in tensors]
+    flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0)
+    padded = tf.pad(flat, [[0, -tf.size(flat) % (2 * world_size)]])
+    parts = _unpacked(all_to_all(_packed(padded, compression)), compression, flat.dtype)
+    total = tf.reduce_sum(tf.reshape(parts, [world_size, -1]), 0)
+    every = _unpacked(all_gather(_packed(total, compression)), compression, flat.dtype)
+    sums = tf.split(every[: tf.size(flat)], sizes)
+    return [tf.reshape(value, tf.shape(tensor)) for value, tensor in zip(sums, tensors, strict=True)]
+
+
+def _packed(numbers: tf.Tensor, compression: Compression) -> tf.Tensor:
+    """Two of them in each integer: not every library that carries them knows floats of 16 bits."""
+    return tf.bitcast(tf.reshape(tf.cast(numbers, _WIRE_TYPES[compression]), [-1, 2]), tf.int32)
+
+
+def _unpacked(integers: tf.Tensor, compression: Compression, dtype: tf.DType) -> tf.Tensor:
+    return tf.cast(tf.reshape(tf.bitcast(integers, _WIRE_TYPES[compression]), [-1]), dtype)
