@@ -277,6 +277,7 @@ def fit_arguments(
     validation_freq: int | Sequence[int],
     seed: tuple[int, ...],
     record_steps: bool,
+    check_replicas_every: int | None,
 ) -> FitArguments:
     """Check the arguments of `fit` and turn them into a plan and sources.
 
@@ -301,7 +302,14 @@ def fit_arguments(
             " have it shuffle anew pass a function that makes it: trainer.fit(make_dataset, ...)"
         )
     plan = plan_of(train, batch_size, steps_per_epoch, "steps_per_epoch", shuffle, seed)
-    fit = FitPlan(plan, epochs, initial_epoch, validation_freq=validation_freq, record_steps=record_steps)
+    fit = FitPlan(
+        plan,
+        epochs,
+        initial_epoch,
+        validation_freq=validation_freq,
+        record_steps=record_steps,
+        check_replicas_every=check_replicas_every,
+    )
     if validation_data is None:
         return FitArguments(fit, train, None)
     validation = _validation_of(validation_data)

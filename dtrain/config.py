@@ -79,12 +79,16 @@ class FailureConfig:
         hang_timeout: seconds without anything finished (a step, a callback, a mini-batch validated) after which the
             worker that keeps the others waiting counts as dead. A callback that takes longer needs more; None: a
             worker may take as long as it likes.
+        check_replicas_every: after about so many steps, between two segments, a checksum of weights and optimizer is
+            compared over the workers; where they differ the fit ends with `dtrain.errors.ReplicasDiffer`, which names
+            the worker. None: never.
     """
 
     max_failures: int = 3
     on_loss: Literal["replace", "shrink"] = "replace"
     on_nan: Literal["stop", "skip", "ignore"] = "stop"
     hang_timeout: float | None = 60.0
+    check_replicas_every: int | None = 1000
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_failures, int) or isinstance(self.max_failures, bool) or self.max_failures < 0:
@@ -93,6 +97,9 @@ class FailureConfig:
             raise ConfigError(f"on_loss={self.on_loss!r} must be 'replace' or 'shrink'")
         if self.on_nan not in ("stop", "skip", "ignore"):
             raise ConfigError(f"on_nan={self.on_nan!r} must be 'stop', 'skip' or 'ignore'")
+        every = self.check_replicas_every
+        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+            raise ConfigError(f"check_replicas_every={every!r} must be a whole number of steps, 1 or more, or None")
         timeout = self.hang_timeout
         is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
         if timeout is not None and not (is_number and 0 < timeout < math.inf):

@@ -47,8 +47,6 @@ from dtrain.under_way import UnderWay
 if TYPE_CHECKING:
     from dtrain.replica import Replica
 
-CHECKED_EVERY = 10
-"""After so many segments, 20 seconds or so, the ranks make sure that their replicas are still the same."""
 CALL_SECONDS = 0.15
 """A call into TensorFlow runs about so many seconds of steps where nothing needs to see each of them."""
 CALL_BYTES = 64 << 20
@@ -249,7 +247,7 @@ class RankFit:
         self._replica.beat("the end of a segment")
         if part.ended:
             self._hooks.finish()
-        if self._segments % CHECKED_EVERY == CHECKED_EVERY - 1 and self._has_others:
+        if self._has_others and self._are_replicas_due(part):
             self._check_replicas(part.position)
         if part.step_logs is None:
             part.step_logs = self._replica.global_logs("train", part.states, part.own, "segment") if part.steps else {}
@@ -261,6 +259,14 @@ class RankFit:
         logs = _numbers(self._logs)
         epoch_end = self._end_epoch(part, epoch) if ends_epoch else None
         return self._close(part, logs, epoch_end)
+
+    def _are_replicas_due(self, part: UnderWay) -> bool:
+        """Whether the number of steps so far has passed a multiple of `check_replicas_every` in this segment."""
+        every = self._plan.check_replicas_every
+        if every is None:
+            return False
+        begun = sum(self._ends.values()) + part.segment.position.step
+        return begun // every != (begun + part.steps) // every
 
     def _check_replicas(self, position: Position) -> None:
         """Compare a checksum of what is to be equal on all ranks. Collective.

@@ -240,6 +240,7 @@ class Trainer:
             validation_freq=validation_freq,
             seed=(self.seed, number),
             record_steps=self.tracking is not None,
+            check_replicas_every=self.failure.check_replicas_every,
         )
         hooks = arguments.callback_list(callbacks)
         with self.interrupts:

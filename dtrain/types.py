@@ -114,7 +114,8 @@ class Batching:
 class FitPlan:
     """What a worker needs to know of a fit besides the data and the callbacks.
 
-    `train` and `validation` are plans where the driver knows the number of rows, and Batchings where it does not.
+    `train` and `validation` are plans where the driver knows the number of rows, and Batchings where it does not;
+    `check_replicas_every` as in `FailureConfig`.
     """
 
     train: BatchPlan | Batching
@@ -123,6 +124,7 @@ class FitPlan:
     validation: BatchPlan | Batching | None = None
     validation_freq: int | Sequence[int] = 1
     record_steps: bool = True
+    check_replicas_every: int | None = None
 
 
 @dataclass(frozen=True)

@@ -910,6 +910,7 @@ FIT: dict[str, Any] = {
     "validation_freq": 1,
     "seed": (0, 0),
     "record_steps": False,
+    "check_replicas_every": None,
 }
 
 
