@@ -14,6 +14,7 @@ from benchmarks.suite import contenders, measure, passes
 from benchmarks.suite.contenders import Horovod, Independent, MirroredStrategy, Ours, SlowInput, mlflow_server
 from benchmarks.suite.first_step import Script, WorkerStart
 from benchmarks.suite.learning import learners
+from benchmarks.suite.link import accumulating, exposed, overlapping, to_ring_bound
 from benchmarks.suite.many import growth, many_ranks
 from benchmarks.suite.measure import Rounds, Spread
 from benchmarks.suite.processes import Group
@@ -197,6 +198,60 @@ ROWS = (
             throughput_ratio("throughput / KI", "KI", 0.95),
             throughput_ratio("two workers / one", ONE_WORKER, 1.85),
         ),
+    ),
+    Row(
+        "large",
+        3,
+        "25M parameters, 64 rows over 2 workers",
+        "step",
+        lambda: steps(
+            "large", {OURS: lambda: Ours("large"), "RH": lambda: Horovod("large"), "KI": lambda: Independent("large")}
+        ),
+        (
+            Ratio(
+                "what sums add to a step, dtrain / RH",
+                lambda rounds: exposed(rounds, (OURS, "KI"), ("RH", "KI")),
+                "RH",
+                0.75,
+                at_most=True,
+            ),
+        ),
+        share=0.6,
+    ),
+    Row(
+        "link",
+        3,
+        "25M parameters over a cable",
+        "step",
+        lambda: overlapping(OURS),
+        (
+            Ratio(
+                "one sum / buckets, where sums take as long as the backward pass",
+                lambda rounds: measure.ratio(rounds, "one sum", OURS),
+                "one sum",
+                1.3,
+                at_most=False,
+            ),
+            Ratio("all-reduce of 100 MB at 1 Gbit/s / ring bound", to_ring_bound, "all-reduce", 1.1, at_most=True),
+        ),
+        share=0.5,
+    ),
+    Row(
+        "accumulation",
+        14,
+        "25M parameters at 1 Gbit/s, every fourth step updates",
+        "step",
+        lambda: accumulating(OURS),
+        (
+            Ratio(
+                "what sums add to a step, accumulating / not",
+                lambda rounds: exposed(rounds, (OURS, f"{OURS}, no sum"), ("every step", "every step, no sum")),
+                "every step",
+                0.3,
+                at_most=True,
+            ),
+        ),
+        share=0.5,
     ),
     Row(
         "deep",

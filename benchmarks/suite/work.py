@@ -135,10 +135,25 @@ def make_embedding(keras: Any) -> Any:
     )
 
 
+def make_large(keras: Any, **options: Any) -> Any:
+    """25.5 million parameters."""
+    layers = keras.layers
+    hidden = [layers.Dense(2400, activation="relu") for _ in range(5)]
+    model = keras.Sequential([keras.Input((1024,)), *hidden, layers.Dense(10)])
+    return _compiled(keras, model, keras.optimizers.SGD(0.01, momentum=0.9, **options))
+
+
+def make_accumulating(keras: Any) -> Any:
+    """The same, of which every fourth step updates."""
+    return make_large(keras, gradient_accumulation_steps=4)
+
+
 WORKS: Mapping[str, Work] = {
     "mlp": Work(make_mlp, (100,), 64, 200),
     "cnn": Work(make_cnn, (28, 28, 1), 128, 25),
     "metrics": Work(make_with_metrics, (28, 28, 1), 128, 100),
     "deep": Work(make_deep, (8,), 64, 100),
+    "large": Work(make_large, (1024,), 64, 8),
+    "accumulating": Work(make_accumulating, (1024,), 64, 8),
     "embedding": Work(make_embedding, (50,), 100, 8, vocabulary=1_000_000),
 }
