@@ -79,6 +79,7 @@ class Controller:
         interrupts: what ends it early.
         recoveries: what a fit has survived.
         failure: what it survives, and how; None: it ends at the first failure.
+        sync_every: so many steps belong together (see `StepOptions`): no segment ends between them.
         check_ours: raises TakenOver where the run is known to be another driver's; asked a few times a second.
         clock: seconds, monotonic.
     """
@@ -91,6 +92,7 @@ class Controller:
         interrupts: Interrupts | None = None,
         recoveries: Recoveries | None = None,
         failure: FailureConfig | None = None,
+        sync_every: int = 1,
         check_ours: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -101,6 +103,7 @@ class Controller:
         self._tracker = tracker
         self._display = display
         self._check_ours = check_ours
+        self._window = sync_every
         self._clock = clock
         self._rate: float | None = None
         self._shown = ("train", 0)
@@ -320,7 +323,8 @@ class Controller:
         """`due`: steps to the next checkpoint, which no segment reaches over."""
         newest = self._newest
         pace = newest.seconds / newest.num_steps if newest else None
-        num_steps = next_segment_steps(pace, newest.num_steps if newest else 0, remaining)
+        previous = newest.num_steps if newest else 0
+        num_steps = next_segment_steps(pace, previous, remaining, position.step, self._window)
         return Segment(position, num_steps if due is None else min(num_steps, due))
 
     def take_in(self, answers: Sequence[SegmentResult], record: FitRecord) -> SegmentResult:

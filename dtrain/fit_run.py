@@ -201,7 +201,7 @@ class FitRun:
             self._announce(changed)
         trainer.weights_change()
         check_ours = self._lease.check_known if self._lease is not None else lambda: None
-        known = self._recoveries, trainer.failure, check_ours
+        known = self._recoveries, trainer.failure, trainer.sync_every, check_ours
         Controller(group, self._tracker, self._display, trainer.interrupts, *known).fit(
             plan,
             opened.plan or opened.steps_per_epoch,

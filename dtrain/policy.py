@@ -15,22 +15,31 @@ FIRST_STEPS = 1
 """The first segment traces the step: the user sees it end as soon as can be."""
 
 
-def next_segment_steps(seconds_per_step: float | None, previous: int, remaining: int | None) -> int:
+def next_segment_steps(
+    seconds_per_step: float | None, previous: int, remaining: int | None, first_step: int = 0, window: int = 1
+) -> int:
     """How many steps the next segment has.
 
     Args:
         seconds_per_step: of the segment before; None: nothing was measured yet.
         previous: how many steps that one had.
         remaining: steps left in the epoch, 1 or more; None: unknown.
+        first_step: where in the epoch it begins.
+        window: a segment ends before a step of the epoch whose number is a multiple of this, or with the epoch.
     """
     if remaining is None:
         remaining = sys.maxsize
+    steps = min(_wanted_steps(seconds_per_step, previous), remaining)
+    steps += -(first_step + steps) % window
+    return remaining if steps * 1.25 >= remaining else steps
+
+
+def _wanted_steps(seconds_per_step: float | None, previous: int) -> int:
     if seconds_per_step is None:
-        return min(FIRST_STEPS, remaining)
+        return FIRST_STEPS
     wanted = max(1, int(SEGMENT_SECONDS / max(seconds_per_step, 1e-6)))
     # The first steps are slower than the rest; growing at most eightfold forgets a wrong measure soon enough.
-    steps = min(wanted, previous * 8)
-    return remaining if steps * 1.25 >= remaining else steps
+    return min(wanted, previous * 8)
 
 
 def who_is_slow(seconds: float, spent: Sequence[Mapping[str, float]]) -> tuple[int, str, float] | None:

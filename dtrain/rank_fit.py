@@ -166,8 +166,9 @@ class RankFit:
 
     def _train(self, part: UnderWay) -> None:
         epoch, step = part.segment.position.epoch, part.segment.position.step
-        looked_at = self._hooks.are_used or self._model.stop_training  # by Keras, too, after a first call
-        steps_per_call = self._model.steps_per_execution if looked_at else self._steps_per_call()
+        # By Keras, too, after a first call.
+        looked_at = self._hooks.are_used or self._model.stop_training or self._replica.trains_by_itself
+        steps_per_call = self._replica.steps_per_execution("train") if looked_at else self._steps_per_call()
         if self._model.stop_training and isinstance(self._feed, Loader):
             self._feed.close()  # what was read early has another number of steps than Keras would take now
         started, waited = time.perf_counter(), self._collective.waited_in_all

@@ -29,6 +29,7 @@ from dtrain.errors import ConfigError, DataError
 from dtrain.faults import Strikes
 from dtrain.feeds import OpenFeed, open_feed, to_tensors
 from dtrain.fit_state import Knowledge, SavedFit, Snapshot
+from dtrain.local_sgd import check_local
 from dtrain.metrics import MetricState, last_of, sum_in_rank_order
 from dtrain.model import (
     State,
@@ -147,6 +148,8 @@ class Replica:
             refuse_what_cannot_be_split(self.model)
             if self._options.sync_batch_norm:
                 synchronize(self.model)
+            if self._options.sync_every > 1:
+                check_local(self.model, self._options.sync_every)
         if self._options.skip_nan and local_accumulators(self.model):
             raise ConfigError(
                 "on_nan='skip' does not go with gradient_accumulation_steps: what is accumulated before a step"
@@ -494,7 +497,17 @@ class Replica:
 
     def batch_hooks(self, kind: Kind, callbacks: RankCallbacks) -> BatchHooks:
         nested = functools.partial(self.nested, kind)
-        return BatchHooks(kind, callbacks, self.model.steps_per_execution, self.global_logs, nested)
+        return BatchHooks(kind, callbacks, self.steps_per_execution(kind), self.global_logs, nested)
+
+    @property
+    def trains_by_itself(self) -> bool:
+        """Whether this rank trains by itself between two averages."""
+        return self._options.sync_every > 1 and not self.collective.is_alone
+
+    def steps_per_execution(self, kind: Kind) -> int:
+        """Keras's; where ranks train by themselves, the steps from one average to the next."""
+        is_window = kind == "train" and self.trains_by_itself
+        return self._options.sync_every if is_window else int(self.model.steps_per_execution)
 
     def global_logs(
         self, kind: Kind, states: Sequence[Sequence[Array]], own: Sequence[dict[str, Array]], name: str

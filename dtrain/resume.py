@@ -125,7 +125,7 @@ def other_circumstances(manifest: Manifest, world_size: int, versions: Mapping[s
         found.append("another model, with the same weights (layers' settings, optimizer or loss)")
     if manifest.world_size != world_size:
         found.append(f"num_workers {world_size} instead of {manifest.world_size}")
-    steps = ("sync_batch_norm", "sparse_as_dense", "compression", "on_nan")
+    steps = ("sync_batch_norm", "sparse_as_dense", "compression", "sync_every", "on_nan")
     settings = ("deterministic", *steps, "floatx", "dtype_policy")
     validation = ("validation_digest", "validation_freq", "validation_steps")
     for name in ("tensorflow", "keras", "horovod", "numpy", "cpu", "threads", *settings, *validation):

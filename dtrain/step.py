@@ -20,6 +20,7 @@ from dtrain.data.source import keras_batch, leaves, map_tree
 from dtrain.errors import ConfigError
 from dtrain.fit_state import Knowledge
 from dtrain.keras_internals import layers_of, recorded_assignments, seed_generators_of
+from dtrain.local_sgd import average
 from dtrain.losses import exact_losses
 from dtrain.metrics import MetricState, Source, flat_logs, nested_logs, places_in, shared_means
 from dtrain.model import named_variables, optimizers_of
@@ -66,11 +67,12 @@ class Steps:
         self._options = options
         self._functions: dict[Any, Any] = {}
         self._records: Records | None = None
+        self._is_local = kind == "train" and options.sync_every > 1 and collective.world_size > 1
         skips = kind == "train" and options.skip_nan
         self._undo = Undo(model, metrics) if kind == "train" and (collective.world_size > 1 or skips) else None
         self._skips = Skips(self._undo, metrics) if self._undo is not None and skips else None
         if self._undo is not None:
-            self._undo.covers_all = skips
+            self._undo.covers_all = skips or self._is_local
         self._has_warned = False
         self._unsaved: list[tuple[tf.Variable, Array]] = []
         self.is_custom = any(
@@ -213,7 +215,7 @@ class Steps:
             self._skips.begin(num_steps)
 
         def body(step: tf.Tensor) -> tuple[tf.Tensor]:
-            with tf.control_dependencies([] if self._undo is None else [self._undo.begin_step(step)]):
+            with tf.control_dependencies(self._begun(step)):
                 data = _packed(structure, [tensor[step] for tensor in flat])
                 returned = flat_logs(self._one_step(keras_batch(data), share, whole))
             if self._skips is not None:
@@ -223,7 +225,18 @@ class Steps:
             return (step + 1,)
 
         tf.while_loop(lambda step: step < num_steps, body, (tf.constant(0),), parallel_iterations=1)
+        if self._is_local:
+            average(self._model, self._collective, share)
         return self._records.read()
+
+    def _begun(self, step: Any) -> list[tf.Operation]:
+        """What must have run before a step does. Where ranks train by themselves a call is undone whole."""
+        undo = self._undo
+        if undo is None:
+            return []
+        if not self._is_local:
+            return [undo.begin_step(step)]
+        return [tf.cond(tf.equal(step, 0), lambda: undo.begin_step(0), tf.no_op)]
 
     def _record(self, step: Any, returned: dict[str, Any], share: tf.Tensor) -> None:
         assert self._records is not None
@@ -270,7 +283,7 @@ class Steps:
         """The same, step by step in Python; what a custom step returns is found out on the way."""
         num_steps = flat[0].shape[0]
         for step in range(num_steps):
-            if self._undo is not None:
+            if self._undo is not None and not (self._is_local and step):
                 self._undo.prepare()
                 self._undo.begin_step(step)
             data = keras_batch(_packed(structure, [tensor[step] for tensor in flat]))
@@ -286,6 +299,8 @@ class Steps:
                     self._skips.begin(num_steps)
                 self._skips.settle(step)
             self._record(step, returned, share)
+        if self._is_local:
+            average(self._model, self._collective, share)
         assert self._records is not None
         return self._records.read()
 
@@ -307,6 +322,10 @@ class Steps:
     @contextlib.contextmanager
     def _over_ranks(self, share: tf.Tensor, whole: bool, rows: int | None) -> Iterator[None]:
         """Inside, a step's gradients, losses and metrics are this rank's part of the whole mini-batch's."""
+        if self._is_local:
+            with shared_means(share):
+                yield
+            return
         with contextlib.ExitStack() as stack:
             assigned = stack.enter_context(recorded_assignments())
             given = self._collective, share, whole, self._statistics(), assigned, self._options

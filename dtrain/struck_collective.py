@@ -20,8 +20,8 @@ class StruckCollective:
         return getattr(self._collective, name)
 
     def all_reduce(self, tensors: Sequence[Any], name: str, compression: Compression | None = None) -> list[Any]:
-        if name.startswith("gradients") and "-" not in name:  # once for all the buckets
-            is_first = name in ("gradients0.1", "gradients.1")
+        if name == "average" or (name.startswith("gradients") and "-" not in name):  # once for all the buckets
+            is_first = name in ("gradients0.1", "gradients.1", "average")
             strike = self._strikes.in_step if is_first else self._strikes.again_in_step
             factor = tf.py_function(strike, [], tf.float64)
             factor.set_shape([])

@@ -87,6 +87,10 @@ class Trainer:
             they were. Half of what is sent, and as fast as that where the network is what takes the time; each sum is
             rounded twice, to 3 digits (bf16: to 2; fp16 has none below 6e-8 nor above 65,504, which becomes infinite).
             None: exact.
+        sync_every: local SGD: each worker trains by itself on its rows of so many mini-batches, then weights and
+            optimizer become the mean of all workers'. So much less is sent; the result is another than one process's,
+            and another for each number of workers. Callbacks see every so many steps. 1: gradients are summed in every
+            step, exact.
         run_name: names the MLflow run and the folder under `storage_path`; None: a unique one, which is printed.
         storage_path: folder or fsspec URL of the runs; default ./dtrain_runs.
         checkpoint: True: after every epoch, the newest 3 kept; False: none; or a `dtrain.CheckpointConfig`.
@@ -123,6 +127,7 @@ class Trainer:
         sync_batch_norm: bool = False,
         sparse_as_dense: bool = False,
         compression: Compression | None = None,
+        sync_every: int = 1,
         run_name: str | None = None,
         storage_path: str | os.PathLike[str] | None = None,
         checkpoint: bool | CheckpointConfig = True,
@@ -163,6 +168,18 @@ class Trainer:
         if compression not in (None, *get_args(Compression)):
             raise ConfigError(f"compression={compression!r} must be 'fp16', 'bf16' or None")
         self.compression = compression
+        self.sync_every = arguments.whole_number("sync_every", sync_every, 1)
+        if self.sync_every > 1:
+            refused = {
+                "sync_batch_norm=True": self.sync_batch_norm,
+                f"compression={compression!r}": compression is not None,
+                "on_nan='skip'": self.failure.on_nan == "skip",
+            }
+            for option in (option for option, is_set in refused.items() if is_set):
+                raise ConfigError(
+                    f"sync_every={sync_every} contradicts {option}, which is about what workers exchange in every step;"
+                    " leave one out"
+                )
         self._use_gpu = use_gpu
         self._threads = threads_per_worker
         self._strategy = placement_strategy
@@ -490,7 +507,11 @@ class Trainer:
             inter_threads=inter,
             keras=_keras_settings(),
             steps=StepOptions(
-                self.sync_batch_norm, self.sparse_as_dense, self.failure.on_nan == "skip", self.compression
+                self.sync_batch_norm,
+                self.sparse_as_dense,
+                self.failure.on_nan == "skip",
+                self.compression,
+                self.sync_every,
             ),
             elastic=self.min_workers < self.num_workers,
         )
@@ -518,6 +539,7 @@ class Trainer:
             "sync_batch_norm": str(self.sync_batch_norm),
             "sparse_as_dense": str(self.sparse_as_dense),
             "compression": str(self.compression),
+            "sync_every": str(self.sync_every),
             "on_nan": self.failure.on_nan,
             "floatx": str(_keras_settings().get("floatx", "float32")),
             "dtype_policy": str(_keras_settings().get("dtype_policy", "float32")),

@@ -284,12 +284,15 @@ class StepOptions:
         sparse_as_dense: sparse gradients are made dense and summed, instead of gathered as they are.
         skip_nan: a training step that makes a weight NaN or infinite is put back whole.
         compression: dense gradients travel between ranks as floats of 16 bits.
+        sync_every: so many steps, each rank trains by itself, between two averages of the weights; 1: gradients are
+            summed in every step.
     """
 
     sync_batch_norm: bool = False
     sparse_as_dense: bool = False
     skip_nan: bool = False
     compression: Compression | None = None
+    sync_every: int = 1
 
 
 @dataclass(frozen=True)

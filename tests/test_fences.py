@@ -20,7 +20,7 @@ STOREYS = {
     " data.parquet_files data.checks data.tf_records data.ray_blocks callback_state schedules data.given data.stream"
     " state_tree wire callback_checkpoint interrupts fit_state slim_keras hardware",
     "one rank": "replica rank_fit under_way rank_state batch_hooks undo struck_collective feeds step optimizer losses"
-    " metrics batch_norm lookups callbacks accumulation",
+    " metrics batch_norm lookups callbacks accumulation local_sgd",
     "many": "worker_group rooms spares newcomers outcomes worker telemetry cluster lost_nodes",
     "decisions": "controller regrouping findings checkpointer recoveries heartbeat policy",
     "faces": "trainer weights fit_run resume arguments named cli doctor testing",
@@ -30,9 +30,9 @@ STOREYS = {
 OWNERS = {
     "ray": "cluster worker_group rooms spares newcomers outcomes worker telemetry lost_nodes data.ray_*",
     "tensorflow": "driver_tensorflow replica undo struck_collective feeds step optimizer losses metrics batch_norm"
-    " lookups collective setup accumulation wire data.tf_*",
+    " lookups collective setup accumulation local_sgd wire data.tf_*",
     "keras": "model keras_internals replica rank_fit undo rank_state step optimizer losses metrics batch_norm callbacks"
-    " setup schedules accumulation",
+    " setup schedules accumulation local_sgd",
     "keras.src": "keras_internals",
     "horovod": "collective doctor",
     "mlflow": "mlflow_run",

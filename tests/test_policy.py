@@ -49,6 +49,23 @@ def test_segments_grow_to_about_two_seconds(pace: float | None, previous: int, r
 
 
 @pytest.mark.parametrize(
+    ("pace", "previous", "remaining", "first_step", "steps"),
+    [
+        (None, 0, 100, 0, 8),
+        (None, 0, 5, 0, 5),  # the epoch ends
+        (None, 0, 97, 3, 5),  # gone on with within a window
+        (0.1, 8, 1000, 8, 24),
+        (0.01, 500, 1000, 16, 200),
+        (0.01, 500, None, 16, 200),
+    ],
+)
+def test_segments_hold_whole_windows(
+    pace: float | None, previous: int, remaining: int | None, first_step: int, steps: int
+) -> None:
+    assert next_segment_steps(pace, previous, remaining, first_step, window=8) == steps
+
+
+@pytest.mark.parametrize(
     ("every_epochs", "every_steps", "epoch", "step", "due"),
     [
         (1, None, 0, 10, True),
