@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-EDITS_VERSION = "6"
+EDITS_VERSION = "7"
 
 
 @dataclass(frozen=True)
@@ -257,6 +257,22 @@ extern "C" double horovod_seconds_waited() {
 )
 """A rank knows how long it has waited for others: the one that waits least is the one that they wait for."""
 
+SCHEDULING = Edit(
+    path="horovod/tensorflow/mpi_ops.cc",
+    old=" : public AsyncOpKernel {\npublic:\n",
+    new=(
+        " : public AsyncOpKernel {\npublic:\n"
+        "  // It only queues what is to be exchanged."
+        " What TensorFlow takes for expensive comes last in a single thread.\n"
+        "  bool IsExpensive() override {\n"
+        '    return std::getenv("DTRAIN_STOCK_SCHEDULING") != nullptr;\n'
+        "  }\n\n"
+    ),
+    reason="with one thread across operations, gradients are sent only when all are computed",
+    count=9,
+)
+"""Gradients are on their way while others are computed. DTRAIN_STOCK_SCHEDULING=1 has it as it was."""
+
 _METADATA = r'"\"gpu_operations\": \"$ENV{{HOROVOD_GPU_OPERATIONS}}\",\n\"dtrain_edits\": \"{}\"\n}}"'
 
 EDITS = (
@@ -300,6 +316,7 @@ EDITS = (
     ),
     *WAKING,
     *WAITING,
+    SCHEDULING,
     Edit(
         path="CMakeLists.txt",
         old=r'"\"dummy\": \"none\"\n}"',

@@ -27,7 +27,7 @@ from dtrain.accumulation import reduce_window, sums_locally
 from dtrain.collective import Collective
 from dtrain.errors import ConfigError
 from dtrain.types import StepOptions
-from dtrain.wire import buckets
+from dtrain.wire import buckets, in_order
 
 
 @dataclass
@@ -81,7 +81,9 @@ class Reduction:
         compression, rode = self.options.compression, []
         if riders and (compression or not gradients):
             rode, riders = self.collective.all_reduce(riders, f"{name}-riders" if gradients else name), ()
-        for number, bucket in enumerate(buckets(gradients)):
+        parts = buckets(gradients)
+        in_order([[gradients[index] for index in part] for part in parts])
+        for number, bucket in enumerate(parts):
             sent = [*(gradients[index] for index in bucket), *(riders if number == 0 else ())]
             found = self.collective.all_reduce(sent, f"{name}-{number}" if number else name, compression)
             for index, value in zip(bucket, found, strict=False):

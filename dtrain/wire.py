@@ -4,12 +4,13 @@ A bucket is on its way while the backward pass still computes the next one. What
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import tensorflow as tf
 
 from dtrain.types import Compression
 
-BUCKET_BYTES = 25 * 2**20
+BUCKET_BYTES = 8 * 2**20
 """A bucket is full when it has so many bytes. Smaller ones cost a round of messages each."""
 
 _WIRE_TYPES = {"fp16": tf.float16, "bf16": tf.bfloat16}
@@ -31,6 +32,34 @@ def buckets(gradients: Sequence[tf.Tensor]) -> list[list[int]]:
             size = 0
         found[-1].append(index)
         size += gradients[index].dtype.size * (gradients[index].shape.num_elements() or 0)
+    return found
+
+
+def in_order(buckets: Sequence[Sequence[tf.Tensor]]) -> None:
+    """Have the gradients of each bucket computed before what only later ones need; works while tracing.
+
+    With one thread across operations TensorFlow else goes down through all the layers before it computes the gradients
+    of any weights, and those of the last layers last.
+    """
+    if tf.executing_eagerly():
+        return
+    known: set[tf.Operation] = set()
+    for earlier, later in pairwise(buckets):
+        known |= _ancestors(earlier, known)
+        for operation in _ancestors(later, known):
+            if any(given.op in known for given in operation.inputs):
+                operation._add_control_inputs([gradient.op for gradient in earlier])
+
+
+def _ancestors(tensors: Sequence[tf.Tensor], known: set[tf.Operation]) -> set[tf.Operation]:
+    """The operations of this graph that tensors are computed by, without those that are known."""
+    found: set[tf.Operation] = set()
+    left = [tensor.op for tensor in tensors]
+    while left:
+        operation = left.pop()
+        if operation not in known and operation not in found:
+            found.add(operation)
+            left += [*(given.op for given in operation.inputs), *operation.control_inputs]
     return found
 
 

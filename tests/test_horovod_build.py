@@ -82,8 +82,8 @@ def test_the_edits_are_made_at_the_configure_call_only(tmp_path: Path, monkeypat
     olds, news = ({edit.path: [] for edit in EDITS} for _ in range(2))
     for edit in EDITS:
         (source / edit.path).parent.mkdir(parents=True, exist_ok=True)
-        olds[edit.path].append(edit.old)
-        news[edit.path].append(edit.new)
+        olds[edit.path] += [edit.old] * edit.count
+        news[edit.path] += [edit.new] * edit.count
     for path, parts in olds.items():
         (source / path).write_text("\n\n".join(parts))
     calls: list[list[str]] = []

@@ -1,6 +1,7 @@
 """Claims about how gradients travel."""
 
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,6 +31,30 @@ def test_buckets_begin_with_what_is_computed_first() -> None:
         assert wire.buckets(gradients) == [[5, 4], [3, 2, 1], [0]]
     assert wire.buckets(gradients) == [[5, 4, 3, 2, 1, 0]]
     assert wire.buckets([]) == []
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_what_only_later_buckets_need_waits_for_earlier_ones(ordered: bool) -> None:
+    first, *others = (tf.Variable(np.full((3, 3), 0.1 * number, np.float32)) for number in range(1, 5))
+    waits = []
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def gradients(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            for matrix in (first, *others):
+                x = tf.tanh(x @ matrix)
+            loss = tf.reduce_sum(x)
+        found = tape.gradient(loss, [first, *others])
+        buckets = [[found[3], found[2]], [found[1]], [found[0]]]
+        if ordered:
+            wire.in_order(buckets)
+        for earlier, later in pairwise(buckets):
+            waits.extend(all(grad.op in wire._ancestors([each], set()) for grad in earlier) for each in later)
+        return found
+
+    found = gradients(tf.ones([2, 3]))
+    assert waits == [ordered] * 2
+    wire.in_order([[found[0]], [found[1]]])  # of what is computed already, nothing is left to be put in order
 
 
 def numbers(rank: int, dtype: str) -> list[Any]:

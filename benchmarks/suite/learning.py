@@ -46,10 +46,14 @@ class Reached(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 class Learner:
-    """dtrain on so many workers, with the linear scaling rule. Each block has another seed, the same for all."""
+    """dtrain on so many workers, with the linear scaling rule. Each block has another seed, the same for all.
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    Args:
+        options: of `dtrain.Trainer`.
+    """
+
+    def __init__(self, workers: int, **options: Any) -> None:
+        self.workers, self.options = workers, options
         self.data = digits()
         self.seed = 0
 
@@ -59,7 +63,7 @@ class Learner:
         x, y, *held_out = self.data
         batch_size = ROWS * self.workers
         config = {"seed": self.seed, "batch_size": batch_size, "steps": len(x) // batch_size}
-        options: dict[str, Any] = {"threads_per_worker": THREADS, "tracking": False, "checkpoint": False}
+        options = {"threads_per_worker": THREADS, "tracking": False, "checkpoint": False, **self.options}
         with dtrain.Trainer(make_model, num_workers=self.workers, config=config, seed=self.seed, **options) as trainer:
             given = {"batch_size": batch_size, "validation_data": tuple(held_out), "validation_batch_size": 500}
             history = trainer.fit(x, y, **given, epochs=AT_MOST, verbose=0, callbacks=[Reached()])
@@ -82,3 +86,19 @@ def epochs_to(goal: float, accuracies: list[float]) -> float:
 def learners(ours: str) -> Iterator[Mapping[str, Any]]:
     """Those of each number of workers; `ours` is the one with the most."""
     yield {ours if workers == WORKERS[-1] else f"N={workers}": Learner(workers).block for workers in reversed(WORKERS)}
+
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "exact": {},
+    "fp16": {"compression": "fp16"},
+    "bf16": {"compression": "bf16"},
+    "sync_every=4": {"sync_every": 4},
+    "sync_every=16": {"sync_every": 16},
+}
+"""What users may ask for that is not exact, by name."""
+
+
+@contextmanager
+def optional() -> Iterator[Mapping[str, Any]]:
+    """Two workers with each option, and without."""
+    yield {name: Learner(2, **options).block for name, options in OPTIONS.items()}
