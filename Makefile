@@ -9,7 +9,7 @@ BESIDE = --numprocesses=$(or $(JOBS),3) --dist=loadfile --no-loadscope-reorder
 # To compile TensorFlow's Python takes three times as long as to import it: only the first process is to do it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup quickstart test test-fast check soak bench bench-checkpoint bench-recovery clean
+.PHONY: help setup quickstart test test-fast check soak bench bench-model bench-checkpoint bench-recovery clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -49,6 +49,10 @@ soak: setup ## kill runs 50 times (KILLS=8: fewer), then a fit's workers for hal
 bench: tools ## time dtrain against plain Keras, Horovod and tf.distribute (about half an hour; BENCH=mlp: one row)
 	$(UV) sync --frozen --all-extras --no-extra gpu --group bench
 	$(RUN)/python -m benchmarks.suite $(BENCH)
+
+bench-model: tools ## what a step costs on so many ranks: measured on 2 and 3, checked on 4, projected to thousands
+	$(UV) sync --frozen --all-extras --no-extra gpu --group bench
+	$(RUN)/python -m benchmarks.suite.model
 
 bench-checkpoint: setup ## what checkpoints in the background, and deterministic=True, cost (about 10 minutes)
 	$(RUN)/python benchmarks/checkpoint_cost.py

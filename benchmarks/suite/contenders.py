@@ -55,11 +55,14 @@ class Ours:
     Args:
         workers: how many.
         steps: of a block; None: the work's.
+        is_exact: it ends with the weights of one plain Keras process; else only ranks are compared.
         options: of `dtrain.Trainer`.
     """
 
-    def __init__(self, name: str, workers: int = 2, steps: int | None = None, **options: Any) -> None:
-        self.work, self.workers = WORKS[name], workers
+    def __init__(
+        self, name: str, workers: int = 2, steps: int | None = None, is_exact: bool = True, **options: Any
+    ) -> None:
+        self.work, self.workers, self.is_exact = WORKS[name], workers, is_exact
         self.steps = steps or self.work.steps
         self.data = self.work.data(self.steps)
         self.trainer = dtrain.Trainer(
@@ -78,7 +81,12 @@ class Ours:
             prints = [path.name.split("-") for path in Path(folder).iterdir()]
         if len(prints) != self.workers or len({digest for _, digest in prints}) != 1:
             raise WrongResult(f"{len(prints)} ranks of dtrain ended with different weights")
-        return [self.trainer.get_weights()]
+        return [self.trainer.get_weights()] if self.is_exact else []
+
+    def peak_memory(self) -> float:
+        """GiB of the worker that has held most, in a fit."""
+        self.block()
+        return max(peers.peak_memory(worker.pid) for worker in self.trainer.workers)
 
     def block(self) -> float:
         clock = EpochClock()
@@ -134,6 +142,10 @@ class Independent:
 
     def block(self) -> float:
         return max(self.group.call("block"))
+
+    def peak_memory(self) -> float:
+        """GiB of the process that has held most, in a fit."""
+        return max(self.group.call("peak_memory"))
 
     def close(self) -> None:
         self.group.close()

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,12 @@ WARM_STEPS = 10
 def use_threads() -> None:
     tf.config.threading.set_intra_op_parallelism_threads(THREADS)
     tf.config.threading.set_inter_op_parallelism_threads(THREADS)
+
+
+def peak_memory(pid: int) -> float:
+    """GiB that a process has held at most."""
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 2**20
 
 
 class PlainKeras:
@@ -54,6 +61,10 @@ class PlainKeras:
         clock = EpochClock()
         self.model.fit(self.x, self.y, batch_size=self.batch_size, epochs=2, verbose=0, callbacks=[clock])
         return clock.seconds[-1] / self.work.steps
+
+    def peak_memory(self) -> float:
+        self.block()
+        return peak_memory(os.getpid())
 
     def evaluate(self) -> Any:
         return self.model.evaluate(self.x, self.y, batch_size=self.batch_size, verbose=0)

@@ -42,7 +42,7 @@ class Line:
 
 def cells(line: Line) -> tuple[str, ...]:
     """A line's texts, in the order of COLUMNS."""
-    in_words = "{:.3g} epochs".format if line.unit == "epochs" else _time
+    in_words = f"{{:.3g}} {line.unit}".format if line.unit in ("epochs", "GiB") else _time
     return (
         f"{line.title}: {line.what}",
         in_words(line.ours.median),

@@ -53,9 +53,9 @@ class Row:
 
     Attributes:
         name: for BENCH=.
-        number: its place in the list of bars.
+        number: its place in the list of bars; 0: it is none of those.
         title: what the work is.
-        unit: what the contenders' seconds are for; "epochs": they are no seconds, but epochs.
+        unit: what the contenders' seconds are for; "epochs" and "GiB": they are no seconds, but those.
         start: makes the contenders, by name, the first of which is dtrain; checks them; closes them at the end.
         ratios: what is taken.
         share: of the rounds that are asked for, how many this row does; its blocks are long.
@@ -132,6 +132,16 @@ def first_steps() -> Iterator[Mapping[str, Any]]:
     address = ray.get_runtime_context().gcs_address
     scripts = {OURS: Script("dtrain", address), "plain": Script("plain"), "worker start": WorkerStart()}
     yield {who: script.block for who, script in scripts.items()}
+
+
+@contextlib.contextmanager
+def memory(name: str) -> Iterator[Mapping[str, Any]]:
+    """What a worker holds, and one plain Keras process with as many rows of each mini-batch."""
+    with contextlib.ExitStack() as stack:
+        contenders_of: dict[str, Any] = {OURS: Ours(name), "plain": Independent(name)}
+        for contender in contenders_of.values():
+            stack.callback(contender.close)
+        yield {who: contender.peak_memory for who, contender in contenders_of.items()}
 
 
 @contextlib.contextmanager
@@ -354,6 +364,37 @@ ROWS = (
             _alone("idle, share of a core", "idle", 0.005),
         ),
         share=0.4,
+    ),
+    Row(
+        "deterministic",
+        0,
+        "CNN on 2 workers, the same bits in every run",
+        "step",
+        lambda: steps("cnn", {OURS: lambda: Ours("cnn"), "not": lambda: Ours("cnn", deterministic=False)}),
+        (time_ratio("deterministic / not", "not", 1.1),),
+    ),
+    Row(
+        "batch-norm",
+        0,
+        "CNN with BatchNormalization on 2 workers, statistics of whole mini-batches",
+        "step",
+        lambda: steps(
+            "normalized",
+            {
+                OURS: lambda: Ours("normalized", sync_batch_norm=True),
+                "own rows": lambda: Ours("normalized", is_exact=False),
+            },
+        ),
+        (time_ratio("sync_batch_norm=True / False", "own rows", 1.5),),
+    ),
+    Row(
+        "memory",
+        0,
+        "25M parameters, the most that a worker holds",
+        "GiB",
+        lambda: memory("large"),
+        (time_ratio("a worker / a plain Keras process", "plain", 1.5),),
+        share=0.15,
     ),
     Row(
         "evaluate",

@@ -148,10 +148,20 @@ def make_accumulating(keras: Any) -> Any:
     return make_large(keras, gradient_accumulation_steps=4)
 
 
+def make_normalized(keras: Any) -> Any:
+    """A small CNN with three BatchNormalizations."""
+    layers = keras.layers
+    x = inputs = keras.Input((28, 28, 1))
+    for filters in (16, 32, 64):
+        x = layers.MaxPooling2D()(layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(filters, 3)(x))))
+    return _compiled(keras, keras.Model(inputs, layers.Dense(10)(layers.Flatten()(x))))
+
+
 WORKS: Mapping[str, Work] = {
     "mlp": Work(make_mlp, (100,), 64, 200),
     "cnn": Work(make_cnn, (28, 28, 1), 128, 25),
     "metrics": Work(make_with_metrics, (28, 28, 1), 128, 100),
+    "normalized": Work(make_normalized, (28, 28, 1), 128, 25),
     "deep": Work(make_deep, (8,), 64, 100),
     "large": Work(make_large, (1024,), 64, 8),
     "accumulating": Work(make_accumulating, (1024,), 64, 8),
