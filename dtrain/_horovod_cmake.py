@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-EDITS_VERSION = "7"
+EDITS_VERSION = "8"
 
 
 @dataclass(frozen=True)
@@ -273,6 +273,21 @@ SCHEDULING = Edit(
 )
 """Gradients are on their way while others are computed. DTRAIN_STOCK_SCHEDULING=1 has it as it was."""
 
+CACHED_GROUPS = _common(
+    "controller.cc",
+    """
+              // Cached message
+              auto bit = response_cache_.peek_cache_bit(tensor_name);
+              responses.push_back(response_cache_.get_response(bit));
+""",
+    """
+              // Cached message
+              auto bit = response_cache_.peek_cache_bit(tensor_name);
+              responses.push_back(response_cache_.peek_response(bit));
+""",
+    "where groups are not fused, only the first rank's cache changed its order: once it was full, ranks did not agree",
+)
+
 _METADATA = r'"\"gpu_operations\": \"$ENV{{HOROVOD_GPU_OPERATIONS}}\",\n\"dtrain_edits\": \"{}\"\n}}"'
 
 EDITS = (
@@ -317,6 +332,7 @@ EDITS = (
     *WAKING,
     *WAITING,
     SCHEDULING,
+    CACHED_GROUPS,
     Edit(
         path="CMakeLists.txt",
         old=r'"\"dummy\": \"none\"\n}"',

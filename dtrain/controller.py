@@ -79,7 +79,8 @@ class Controller:
         interrupts: what ends it early.
         recoveries: what a fit has survived.
         failure: what it survives, and how; None: it ends at the first failure.
-        sync_every: so many steps belong together (see `StepOptions`): no segment ends between them.
+        sync_every: so many steps of an epoch are one call (see `StepOptions`), between which no segment ends, unless a
+            checkpoint is due there.
         check_ours: raises TakenOver where the run is known to be another driver's; asked a few times a second.
         clock: seconds, monotonic.
     """
@@ -336,7 +337,7 @@ class Controller:
             self._newest = result
             rate = self._rate = result.rows / result.seconds if result.seconds else None
             if self._heartbeat is not None and self.segments:  # the first one builds the graph
-                self._heartbeat.took(result.seconds / result.num_steps)
+                self._heartbeat.took(result.seconds / result.num_steps * self._window)
         if result.num_steps or result.epoch_end is not None:
             self.segments += 1
             if self._regrouping is not None:

@@ -88,7 +88,7 @@ class Heartbeat:
         self._died = {}
 
     def took(self, seconds: float) -> None:
-        """A step took so long."""
+        """What is done in one go, a step where nothing else is known, took so long."""
         self._pace = seconds
 
     def look(self) -> dict[int, str]:

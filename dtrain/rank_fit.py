@@ -28,7 +28,7 @@ from dtrain.callbacks import RankCallbacks
 from dtrain.collective import is_lost_peer
 from dtrain.data.loader import Chunk, Feed, Loader, chunks_of, steps_before
 from dtrain.data.stream import StreamLoader
-from dtrain.errors import LostPeer, ReplicasDiffer
+from dtrain.errors import ConfigError, LostPeer, ReplicasDiffer
 from dtrain.fit_state import ACCUMULATED, Handover, Lost, SavedFit, Snapshot, Standing
 from dtrain.hardware import cpu
 from dtrain.metrics import last_of
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 CALL_SECONDS = 0.15
 """A call into TensorFlow runs about so many seconds of steps where nothing needs to see each of them."""
+WINDOW_BYTES = 2 << 30
+"""The same where a call is what a rank trains by itself, which the user decides on."""
 CALL_BYTES = 64 << 20
 """A call's data takes at most about so many bytes."""
 
@@ -85,6 +87,12 @@ class RankFit:
         self._callbacks = callbacks
         self._hooks = replica.batch_hooks("train", callbacks)
         self._batch_bytes = batch_bytes
+        if replica.trains_by_itself and replica.steps_per_execution("train") * batch_bytes[0] > WINDOW_BYTES:
+            raise ConfigError(
+                f"sync_every={replica.steps_per_execution('train')}: a worker holds the rows of so many mini-batches at"
+                f" once, of {batch_bytes[0] / 2**20:.0f} MiB each, and may hold {WINDOW_BYTES / 2**30:g} GiB of them;"
+                " make it smaller"
+            )
         self._position = Position(plan.initial_epoch, 0)
         self._logs: Logs = {}
         self._epoch_logs: Logs = {}

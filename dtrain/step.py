@@ -67,6 +67,7 @@ class Steps:
         self._options = options
         self._functions: dict[Any, Any] = {}
         self._records: Records | None = None
+        self._assigned: list[keras.Variable] = []  # by the newest step that a rank took by itself
         self._is_local = kind == "train" and options.sync_every > 1 and collective.world_size > 1
         skips = kind == "train" and options.skip_nan
         self._undo = Undo(model, metrics) if kind == "train" and (collective.world_size > 1 or skips) else None
@@ -226,7 +227,7 @@ class Steps:
 
         tf.while_loop(lambda step: step < num_steps, body, (tf.constant(0),), parallel_iterations=1)
         if self._is_local:
-            average(self._model, self._collective, share)
+            average(self._model, self._collective, share, self._assigned)
         return self._records.read()
 
     def _begun(self, step: Any) -> list[tf.Operation]:
@@ -300,7 +301,7 @@ class Steps:
                 self._skips.settle(step)
             self._record(step, returned, share)
         if self._is_local:
-            average(self._model, self._collective, share)
+            average(self._model, self._collective, share, self._assigned)
         assert self._records is not None
         return self._records.read()
 
@@ -323,7 +324,7 @@ class Steps:
     def _over_ranks(self, share: tf.Tensor, whole: bool, rows: int | None) -> Iterator[None]:
         """Inside, a step's gradients, losses and metrics are this rank's part of the whole mini-batch's."""
         if self._is_local:
-            with shared_means(share):
+            with recorded_assignments() as self._assigned, shared_means(share):
                 yield
             return
         with contextlib.ExitStack() as stack:

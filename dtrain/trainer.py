@@ -85,11 +85,12 @@ class Trainer:
             say), which plain Keras does not add up before. False: gathered as they are, exact.
         compression: "fp16" or "bf16": dense gradients travel between workers as floats of 16 bits, and are added up as
             they were. Half of what is sent, and as fast as that where the network is what takes the time; each sum is
-            rounded twice, to 3 digits (bf16: to 2; fp16 has none below 6e-8 nor above 65,504, which becomes infinite).
-            None: exact.
+            rounded twice, to 3 digits (bf16: to 2; fp16 has none below 6e-8 nor above 65,504, which becomes infinite:
+            loss scaling then settles at a smaller scale). None: exact.
         sync_every: local SGD: each worker trains by itself on its rows of so many mini-batches, then weights and
             optimizer become the mean of all workers'. So much less is sent; the result is another than one process's,
-            and another for each number of workers. Callbacks see every so many steps. 1: gradients are summed in every
+            and another for each number of workers. The end of an epoch, a checkpoint within one, and mini-batches of
+            other shapes end such a round early. Callbacks see every so many steps. 1: gradients are summed in every
             step, exact.
         run_name: names the MLflow run and the folder under `storage_path`; None: a unique one, which is printed.
         storage_path: folder or fsspec URL of the runs; default ./dtrain_runs.
@@ -172,6 +173,7 @@ class Trainer:
         if self.sync_every > 1:
             refused = {
                 "sync_batch_norm=True": self.sync_batch_norm,
+                "sparse_as_dense=True": self.sparse_as_dense,
                 f"compression={compression!r}": compression is not None,
                 "on_nan='skip'": self.failure.on_nan == "skip",
             }

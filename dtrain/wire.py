@@ -1,6 +1,7 @@
 """Owns how dense gradients travel between ranks: in buckets, and in 16 bits where the user wants that.
 
-A bucket is on its way while the backward pass still computes the next one. What is updated waits for all of them.
+A bucket is on its way while the backward pass still computes the next one, unless gradients are accumulated: those are
+summed when all are there. What is updated waits for all buckets.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,16 +40,23 @@ def in_order(buckets: Sequence[Sequence[tf.Tensor]]) -> None:
     """Have the gradients of each bucket computed before what only later ones need; works while tracing.
 
     With one thread across operations TensorFlow else goes down through all the layers before it computes the gradients
-    of any weights, and those of the last layers last.
+    of any weights, and those of the last layers last. Only what was made later than a bucket's gradients waits for
+    them: so are the edges that TensorFlow adds itself when a function is complete, and none closes a circle.
     """
-    if tf.executing_eagerly():
+    graph = tf.compat.v1.get_default_graph()
+    if tf.executing_eagerly() or any(gradient.graph is not graph for bucket in buckets for gradient in bucket):
         return
+    made = {operation: number for number, operation in enumerate(graph.get_operations())}
     known: set[tf.Operation] = set()
     for earlier, later in pairwise(buckets):
         known |= _ancestors(earlier, known)
-        for operation in _ancestors(later, known):
+        newest = max(made[gradient.op] for gradient in earlier)
+        next_ones = [operation for operation in _ancestors(later, known) if made[operation] > newest]
+        with tf.control_dependencies(earlier):
+            gate = tf.no_op()
+        for operation in next_ones:
             if any(given.op in known for given in operation.inputs):
-                operation._add_control_inputs([gradient.op for gradient in earlier])
+                operation._add_control_inputs([gate])
 
 
 def _ancestors(tensors: Sequence[tf.Tensor], known: set[tf.Operation]) -> set[tf.Operation]:

@@ -29,20 +29,33 @@ X = np.random.default_rng(0).standard_normal((ROWS, 5), np.float32)
 Y = np.random.default_rng(1).standard_normal((ROWS, 3), np.float32)
 
 
+class Scale(layers.Layer):  # type: ignore[misc]
+    """Times one number, which is trained."""
+
+    def build(self, shape: Any) -> None:
+        self.factor = self.add_weight(shape=(), initializer="ones")
+
+    def call(self, x: Any) -> Any:
+        return x * self.factor
+
+
 def make_model(**compiled: Any) -> keras.Model:
     keras.utils.set_random_seed(1)
+    frozen = layers.Dense(5, trainable=False, name="frozen", dtype="float64")
     hidden = [layers.Dense(8, activation="tanh", dtype="float64"), layers.BatchNormalization(dtype="float64")]
-    model = keras.Sequential([keras.Input((5,), dtype="float64"), *hidden, layers.Dense(3, dtype="float64")])
+    model = keras.Sequential(
+        [keras.Input((5,), dtype="float64"), frozen, *hidden, Scale(dtype="float64"), layers.Dense(3, dtype="float64")]
+    )
     model.compile(keras.optimizers.Adam(0.05), "mse", metrics=["mae"], **compiled)
     return model
 
 
-def by_hand(ranks: int, epochs: int) -> list[Any]:
+def by_hand(ranks: int, epochs: int, cuts: tuple[int, ...]) -> list[Any]:
     """Plain Keras models, one a rank, with their variables averaged by rows at the end of each window."""
     models = [make_model() for _ in range(ranks)]
     for model in models:
         model.optimizer.build(model.trainable_variables)
-    ends = [*range(0, STEPS - 1, EVERY), STEPS - 1, STEPS]
+    ends = sorted({*range(0, STEPS - 1, EVERY), STEPS - 1, STEPS, *cuts})
     for _ in range(epochs):
         for begin, end in pairwise(ends):
             parts = [shard(min(BATCH, ROWS - begin * BATCH), ranks, rank) for rank in range(ranks)]
@@ -51,7 +64,7 @@ def by_hand(ranks: int, epochs: int) -> list[Any]:
                     rows = slice(step * BATCH, (step + 1) * BATCH)
                     model.train_on_batch(X[rows][part.rows], Y[rows][part.rows])
             for variables in zip(*([*m.variables, *m.optimizer.variables] for m in models), strict=True):
-                if len(variables[0].shape):  # not the learning rate, nor what counts
+                if variables[0].name not in ("learning_rate", "iteration"):
                     values = [part.share * variable.numpy() for part, variable in zip(parts, variables, strict=True)]
                     for variable in variables:
                         variable.assign(np.sum(values, axis=0))
@@ -71,15 +84,16 @@ def trained(collective: Any, cuts: tuple[int, ...], eager: bool) -> tuple[list[A
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize(("cuts", "eager"), [((), False), ((3, 6), False), ((6,), True)])
+@pytest.mark.parametrize(("cuts", "eager"), [((), False), ((3, 6), False), ((4,), False), ((6,), True)])
 def test_a_window_is_plain_keras_on_each_rank_and_a_mean(
     ranks: Ranks, world_size: int, cuts: tuple[int, ...], eager: bool
 ) -> None:
     every = ranks.run(world_size, partial(trained, cuts=cuts, eager=eager))
-    for (weights, loss), expected in zip(every, [by_hand(world_size, 2)] * world_size, strict=True):
+    for (weights, loss), expected in zip(every, [by_hand(world_size, 2, cuts)] * world_size, strict=True):
         for mine, its in zip(weights, expected, strict=True):
             np.testing.assert_allclose(mine, its, rtol=0, atol=1e-10)
         assert loss == every[0][1]
+        assert all(np.array_equal(*pair) for pair in zip(weights[:2], make_model().get_weights()[:2], strict=True))
 
 
 def test_one_rank_is_plain_keras() -> None:
@@ -117,6 +131,7 @@ def test_a_window_that_a_death_cuts_short_is_trained_anew(local_ray: None, in_tm
     ("options", "named"),
     [
         ({"sync_batch_norm": True}, "contradicts sync_batch_norm=True"),
+        ({"sparse_as_dense": True}, "contradicts sparse_as_dense=True"),
         ({"compression": "bf16"}, "contradicts compression='bf16'"),
         ({"failure": dtrain.FailureConfig(on_nan="skip")}, "contradicts on_nan='skip'"),
         ({"sync_every": 0}, "sync_every=0 must be a whole number, 1 or more"),
@@ -139,6 +154,19 @@ def accumulating() -> keras.Model:
     return model
 
 
+def scaled() -> keras.Model:
+    model = make_model()
+    inner = keras.optimizers.SGD(gradient_accumulation_steps=2)
+    model.compile(keras.optimizers.LossScaleOptimizer(inner), "mse")
+    return model
+
+
+def with_loss(loss: Any) -> keras.Model:
+    model = make_model()
+    model.compile("sgd", loss)
+    return model
+
+
 def synchronized() -> keras.Model:
     model = keras.Sequential([keras.Input((5,)), layers.BatchNormalization(synchronized=True), layers.Dense(3)])
     model.compile("sgd", "mse")
@@ -149,6 +177,9 @@ def synchronized() -> keras.Model:
     ("make", "named"),
     [
         (accumulating, "gradient_accumulation_steps"),
+        (scaled, "gradient_accumulation_steps"),
+        (partial(with_loss, keras.losses.Dice()), "loss 'dice'"),
+        (partial(with_loss, keras.losses.MeanSquaredError(reduction="sum")), "loss 'mean_squared_error'"),
         (synchronized, "synchronized=True"),
         (partial(make_model, steps_per_execution=2), "steps_per_execution=2"),
     ],

@@ -57,6 +57,49 @@ def test_what_only_later_buckets_need_waits_for_earlier_ones(ordered: bool) -> N
     wire.in_order([[found[0]], [found[1]]])  # of what is computed already, nothing is left to be put in order
 
 
+def test_order_agrees_with_what_tensorflow_adds() -> None:
+    """Two heads that draw on one seed: TensorFlow has the second draw wait for the first, whatever gradients say."""
+    seed = tf.Variable(1.0)
+    kernels = [tf.Variable(tf.ones([3, 3])) for _ in range(2)]
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def gradients(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            loss = 0.0
+            for kernel in kernels:
+                drawn = seed.read_value()
+                seed.assign(drawn + 1.0)
+                loss += tf.reduce_sum(x @ kernel * drawn)
+        found = tape.gradient(loss, kernels)
+        wire.in_order([[found[1]], [found[0]]])
+        return found
+
+    found = gradients(tf.ones([2, 3]))
+    assert [float(gradient[0, 0]) for gradient in found] == [2.0, 4.0]
+
+
+def many_sums(collective: Any) -> bool:
+    """More names than Horovod remembers at once, in two groups that follow each other."""
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def run(start: Any) -> Any:
+        first = collective.all_reduce([start + number for number in range(300)], "first")
+        with tf.control_dependencies(first):
+            return first, collective.all_reduce([start - number for number in range(900)], "second")
+
+    right = []
+    for step in range(4):
+        first, second = run(tf.constant(float(step)))
+        size = collective.world_size
+        right += [float(value) == size * (step + number) for number, value in enumerate(first)]
+        right += [float(value) == size * (step - number) for number, value in enumerate(second)]
+    return all(right)
+
+
+def test_more_sums_than_are_remembered(ranks: Ranks) -> None:
+    assert ranks.run(2, many_sums) == [True, True]
+
+
 def numbers(rank: int, dtype: str) -> list[Any]:
     generator = np.random.default_rng(rank)
     return [np.asarray(generator.standard_normal(shape) * 10.0**size, dtype) for size, shape in enumerate(SHAPES, -3)]
@@ -96,6 +139,21 @@ def test_what_has_16_bits_already_is_summed_as_it_is(ranks: Ranks) -> None:
     assert all(np.array_equal(mine, its) for mine, its in zip(plain, shortened, strict=True))
 
 
+class Named:
+    """A collective that notes what sums are called."""
+
+    def __init__(self, collective: Any) -> None:
+        self._collective = collective
+        self.names: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._collective, name)
+
+    def all_reduce(self, tensors: Any, name: str, compression: Any = None) -> Any:
+        self.names.add(name)
+        return self._collective.all_reduce(tensors, name, compression)
+
+
 def trained(collective: Any, compression: Any = None, bucket_bytes: int = wire.BUCKET_BYTES, **compiled: Any) -> Any:
     """The weights after six mini-batches, moving statistics among them."""
     keras.utils.set_random_seed(1)
@@ -103,11 +161,13 @@ def trained(collective: Any, compression: Any = None, bucket_bytes: int = wire.B
     model.compile(keras.optimizers.SGD(0.1, **compiled), "mse")
     generator = np.random.default_rng(0)
     data = ArraySource(generator.standard_normal((45, 5)), generator.standard_normal((45, 3)))
-    replica = Replica(model, collective, StepOptions(compression=compression))
+    counting = Named(collective)
+    replica = Replica(model, counting, StepOptions(compression=compression))  # type: ignore[arg-type]
     with patch.object(wire, "BUCKET_BYTES", bucket_bytes):
         replica.begin_fit(FitPlan(BatchPlan(45, 8), 1), data)
         replica.run(Segment(Position(0, 0), 6))
         replica.end_fit()
+    assert ("gradients0.1-1" in counting.names) == (bucket_bytes < wire.BUCKET_BYTES)
     return model.get_weights()
 
 

@@ -5,9 +5,9 @@ A sum of S bytes over N ranks takes
     cycle + 2 (N - 1) hop + 2 (N - 1) / N * S * turns * byte
 
 on a ring: messages go round twice. Where ranks share a machine's cores they take turns, of which there are N / cores,
-or 1, to copy bytes. A step takes as many turns of computing, until the slowest rank is done, and what exchanging adds to it: of the
-form of a sum, but with figures of its own, since the cores are busy then. What disturbs a measurement only makes it
-longer, so of several rounds the shortest counts.
+or 1, to copy bytes. A step takes as many turns of computing, until the slowest rank is done, and what exchanging adds:
+of the form of a sum, but with figures of its own, since the cores are busy then. What disturbs a measurement only
+makes it longer, so of several rounds the shortest counts.
 """
 
 import argparse

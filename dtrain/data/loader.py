@@ -233,17 +233,24 @@ class Loader:
     def _begin(
         self, position: Position, num_steps: int, longest: int
     ) -> tuple[ThreadPoolExecutor, deque[Future[Chunk]], int]:
-        """A thread, what it has read already if that comes next, in chunks of `longest` steps, and the step after."""
-        early = self._early
+        """A thread, the chunks that it has read already, and the step after them.
+
+        Chunks are those that there would be if nothing had been read early.
+        """
+        parts: deque[Future[Chunk]] = deque()
+        early, taken = self._early, 0
         if early is not None and early.position == position:
-            steps, rest = early.steps[:num_steps], early.steps[num_steps:]
-            position = Position(position.epoch, position.step + len(steps))
-            self._early = replace(early, position=position, steps=rest) if rest else None
-            starts = range(0, len(steps), longest)
-            parts = deque(early.pool.submit(_part, early.chunk, steps[start : start + longest]) for start in starts)
-            return early.pool, parts, position.step
-        self.close()
-        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtrain-loader"), deque(), position.step
+            for _, count in self._spans(position.epoch, position.step, num_steps, longest):
+                if taken + count > len(early.steps):
+                    break
+                parts.append(early.pool.submit(_part, early.chunk, early.steps[taken : taken + count]))
+                taken += count
+        if early is None or not parts:
+            self.close()
+            return ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtrain-loader"), parts, position.step
+        position, rest = Position(position.epoch, position.step + taken), early.steps[taken:]
+        self._early = replace(early, position=position, steps=rest) if rest and taken == num_steps else None
+        return early.pool, parts, position.step
 
     def _read_early(self, pool: ThreadPoolExecutor, position: Position, longest: int) -> None:
         """The first chunk of what is likely to be asked for next, so that nobody waits for it then."""
