@@ -40,8 +40,9 @@ def in_order(buckets: Sequence[Sequence[tf.Tensor]]) -> None:
     """Have the gradients of each bucket computed before what only later ones need; works while tracing.
 
     With one thread across operations TensorFlow else goes down through all the layers before it computes the gradients
-    of any weights, and those of the last layers last. Only what was made later than a bucket's gradients waits for
-    them: so are the edges that TensorFlow adds itself when a function is complete, and none closes a circle.
+    of any weights, and those of the last layers last. Only what was made after all that has a state and is behind
+    a bucket's gradients waits for them: TensorFlow orders what has a state as it was made, when a function is complete,
+    and that must not close a circle.
     """
     graph = tf.compat.v1.get_default_graph()
     if tf.executing_eagerly() or any(gradient.graph is not graph for bucket in buckets for gradient in bucket):
@@ -50,7 +51,7 @@ def in_order(buckets: Sequence[Sequence[tf.Tensor]]) -> None:
     known: set[tf.Operation] = set()
     for earlier, later in pairwise(buckets):
         known |= _ancestors(earlier, known)
-        newest = max(made[gradient.op] for gradient in earlier)
+        newest = max((made[operation] for operation in known if operation._is_stateful), default=-1)
         next_ones = [operation for operation in _ancestors(later, known) if made[operation] > newest]
         with tf.control_dependencies(earlier):
             gate = tf.no_op()
