@@ -370,7 +370,9 @@ ROWS = (
         0,
         "CNN on 2 workers, the same bits in every run",
         "step",
-        lambda: steps("cnn", {OURS: lambda: Ours("cnn"), "not": lambda: Ours("cnn", deterministic=False)}),
+        lambda: steps(  # without, a convolution's gradient rounds otherwise in each run
+            "cnn", {OURS: lambda: Ours("cnn"), "not": lambda: Ours("cnn", is_exact=False, deterministic=False)}
+        ),
         (time_ratio("deterministic / not", "not", 1.1),),
     ),
     Row(
@@ -381,7 +383,8 @@ ROWS = (
         lambda: steps(
             "normalized",
             {
-                OURS: lambda: Ours("normalized", sync_batch_norm=True),
+                # Exact in float64, as tests show; here rounding grows through three normalizations.
+                OURS: lambda: Ours("normalized", is_exact=False, sync_batch_norm=True),
                 "own rows": lambda: Ours("normalized", is_exact=False),
             },
         ),
