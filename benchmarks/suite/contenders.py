@@ -152,7 +152,7 @@ class Independent:
 
 
 class Horovod:
-    """The hand-written loop with Horovod as it is released, which does not wake when work arrives.
+    """The hand-written loop with Horovod as it is released, which neither wakes when work arrives nor sends early.
 
     A block's number is the median of its steps, timed one by one on rank 0.
 
@@ -161,7 +161,7 @@ class Horovod:
     """
 
     def __init__(self, name: str, reduction: str = "grouped", ranks: int = 2, **settings: str) -> None:
-        self.environment = {"DTRAIN_STOCK_CYCLES": "1", **settings}
+        self.environment = {"DTRAIN_STOCK_CYCLES": "1", "DTRAIN_STOCK_SCHEDULING": "1", **settings}
         self.members = assign(["node"] * ranks, 0)
         self.server = RendezvousServer()
         self.group = Group(peers.HandWritten, ranks, name, reduction, environment=self.environment)

@@ -84,7 +84,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     """Each ratio as its margin over the bar: to the right of 1 the bar is met."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.0, 0.55 * len(lines) + 1.0), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8.0, 0.32 * len(lines) + 1.0), dpi=120, layout="constrained")
     axes = figure.subplots()
     for place, line in enumerate(reversed(lines)):
         margins = [_margin(line, value) for value in (line.ratio.median, line.ratio.low, line.ratio.high)]
@@ -92,9 +92,11 @@ def draw(lines: Sequence[Line], path: Path) -> None:
         axes.barh(place, margins[0], color=MET if line.met else MISSED, height=0.55)
         axes.errorbar(margins[0], place, xerr=ends, color=TEXT, linewidth=1.0, capsize=2)
         sign = "≤" if line.at_most else "≥"
-        axes.text(0.02, place, f"{line.ratio.median:.2f} ({sign} {line.bar:g})", va="center", color="white", fontsize=8)
+        label = f"{line.ratio.median:.3g} ({sign} {line.bar:g})"
+        axes.text(max(margins) + 0.06, place, label, va="center", color=TEXT, fontsize=8)
+    axes.set_ylim(-0.6, len(lines) - 0.4)
     axes.axvline(1.0, color=TEXT, linewidth=1.0)
-    axes.set_yticks(range(len(lines)), [f"{line.row}: {line.what}" for line in reversed(lines)], fontsize=8.5)
+    axes.set_yticks(range(len(lines)), [f"{line.row}: {line.what}" for line in reversed(lines)], fontsize=8)
     axes.set_xlabel("how many times better than the bar asks", fontsize=9, color=TEXT)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
