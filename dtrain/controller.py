@@ -39,7 +39,7 @@ class Display(Protocol):
 
     workers: int
 
-    def begin_epoch(self, epoch: int) -> None: ...
+    def begin_epoch(self, epoch: int, step: int = 0) -> None: ...
 
     def update(self, step: int, logs: Logs, samples_per_second: float | None = None) -> None: ...
 
@@ -265,7 +265,7 @@ class Controller:
         epoch, step = record.position.epoch, record.position.step
         before = record.steps - step  # steps of the run before this epoch
         self._shown = ("train", epoch)
-        self._display.begin_epoch(epoch)
+        self._display.begin_epoch(epoch, step)
         if step == 0:
             self._epoch_started = self._clock()
         sent: deque[tuple[Segment | int, list[Any]]] = deque()  # a number: the snapshot of that step

@@ -130,7 +130,10 @@ class Standing:
         return self.segments, self.steps, self.stage, self.hooks
 
     def can_catch_up_with(self, other: "Standing") -> bool:
-        """Whether it lacks no more than an update that the other has made: that is all in the state."""
+        """Whether it lacks no more than an update that the other has made: that is all in the state.
+
+        Of its metrics it then lacks what its own rows of that step would add; with `sync_every`, of those steps.
+        """
         return (self.segments, self.stage, self.hooks) == (other.segments, other.stage, other.hooks)
 
 

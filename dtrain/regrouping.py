@@ -20,6 +20,9 @@ from dtrain.worker_group import GroupBroken, WorkerGroup
 if TYPE_CHECKING:
     from dtrain.controller import Display, FitRecord
 
+MOST_REFUSALS = 6
+"""Of newcomers: each doubles the number of segments until the ranks are asked again, up to this."""
+
 
 class Fitting(Protocol):
     """What the controller of the fit does meanwhile.
@@ -82,7 +85,8 @@ class Regrouping:
         self._last: list[SegmentResult] = []  # of them, what each rank returned
         self._told = 0  # so many segments were finished then
         self._is_to_grow = False
-        self._refused_after = -1  # so many segments ranks could tell newcomers nothing
+        self._refusals = 0  # ranks could tell newcomers nothing so often, without a break
+        self._asked_again_after = -1  # so many segments
         self._is_resizing = False  # ranks may yet be as in the group before
         self._handover: Any = None  # what the furthest rank told, until a recovery has come to its end
 
@@ -93,7 +97,7 @@ class Regrouping:
 
     def has_newcomers(self) -> bool:
         """Whether workers wait to be taken in."""
-        if self._fit.segments > self._refused_after:
+        if self._fit.segments > self._asked_again_after:
             self._is_to_grow = self._is_to_grow or self._group.can_grow()
         return self._is_to_grow
 
@@ -107,9 +111,11 @@ class Regrouping:
         """
         group, self._is_to_grow = self._group, False
         standing, *_ = group.wait(group.submit("standing"), self._fit.watch, survivable=True)
-        if not standing.goes_on:
-            self._refused_after = self._fit.segments
+        if not standing.goes_on:  # to ask interrupts what is sent ahead, so it is done ever more seldom
+            self._asked_again_after = self._fit.segments + 2**self._refusals - 1
+            self._refusals = min(self._refusals + 1, MOST_REFUSALS)
             return
+        self._refusals = 0
         self._checkpointer.finish()  # its manifest tells how many ranks there are
         try:
             (self._handover,) = group.submit("hand_over", ranks=[0])

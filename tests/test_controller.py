@@ -40,7 +40,7 @@ class Shown:
         self.steps: list[int] = []
         self.lines: list[str] = []
 
-    def begin_epoch(self, epoch: int) -> None: ...
+    def begin_epoch(self, epoch: int, step: int = 0) -> None: ...
 
     def update(self, step: int, logs: Any, samples_per_second: float | None = None) -> None:
         self.steps.append(step)
