@@ -84,7 +84,7 @@ class Reduction:
         parts = buckets(gradients)
         in_order([[gradients[index] for index in part] for part in parts])
         for number, bucket in enumerate(parts):
-            sent = [*(gradients[index] for index in bucket), *(riders if number == 0 else ())]
+            sent = [*(gradients[index] for index in bucket), *(riders if number == len(parts) - 1 else ())]
             found = self.collective.all_reduce(sent, f"{name}-{number}" if number else name, compression)
             for index, value in zip(bucket, found, strict=False):
                 sums[index] = value

@@ -20,20 +20,26 @@ SHORTENED = tf.float32, tf.float64
 
 
 def buckets(gradients: Sequence[tf.Tensor]) -> list[list[int]]:
-    """The numbers of those that travel together.
+    """The numbers of those that travel together, the earliest first.
+
+    A large one travels alone: Horovod copies what travels together into one buffer, and out again.
 
     Args:
         gradients: in the order of a model's variables; so they are computed from the last to the first.
     """
     found: list[list[int]] = []
-    size = BUCKET_BYTES
+    open_one, filled = list[int](), 0
     for index in reversed(range(len(gradients))):
+        size = gradients[index].dtype.size * (gradients[index].shape.num_elements() or 0)
         if size >= BUCKET_BYTES:
-            found.append([])
-            size = 0
-        found[-1].append(index)
-        size += gradients[index].dtype.size * (gradients[index].shape.num_elements() or 0)
-    return found
+            found.append([index])
+            continue
+        open_one.append(index)
+        filled += size
+        if filled >= BUCKET_BYTES:
+            found.append(open_one)
+            open_one, filled = [], 0
+    return [*found, open_one] if open_one else found
 
 
 def in_order(buckets: Sequence[Sequence[tf.Tensor]]) -> None:

@@ -25,10 +25,12 @@ SHAPES = ((3, 5), (), (7,), (1, 2, 2), (4,))
 TYPES = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 
 
-def test_buckets_begin_with_what_is_computed_first() -> None:
+def test_buckets_begin_with_what_is_computed_first_and_large_ones_go_alone() -> None:
     gradients = [tf.zeros([size]) for size in (1, 300, 2, 3, 100, 5)]
     with patch.object(wire, "BUCKET_BYTES", 400):
-        assert wire.buckets(gradients) == [[5, 4], [3, 2, 1], [0]]
+        assert wire.buckets(gradients) == [[4], [1], [5, 3, 2, 0]]
+    with patch.object(wire, "BUCKET_BYTES", 24):
+        assert wire.buckets(gradients) == [[4], [5, 3], [1], [2, 0]]
     assert wire.buckets(gradients) == [[5, 4, 3, 2, 1, 0]]
     assert wire.buckets([]) == []
 
