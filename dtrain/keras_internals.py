@@ -166,6 +166,12 @@ def is_update_step(optimizer: keras.optimizers.Optimizer) -> Any:
     return (optimizer._iterations + 1) % optimizer.gradient_accumulation_steps == 0
 
 
+def trained_by(optimizer: Any) -> list[Any]:
+    """The variables that an optimizer, or one inside of it, was built for: also those that are frozen by now."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    return [*getattr(optimizer, "_trainable_variables", ()), *(trained_by(inner) if inner is not None else ())]
+
+
 def steps_since_update(optimizer: keras.optimizers.Optimizer) -> int:
     """How many mini-batches an optimizer has accumulated the gradients of, and not applied."""
     return int(optimizer._iterations) % int(optimizer.gradient_accumulation_steps)

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from dtrain.collective import Collective
 from dtrain.errors import ConfigError
-from dtrain.keras_internals import layers_of
+from dtrain.keras_internals import layers_of, trained_by
 from dtrain.losses import mixes_rows
 from dtrain.model import named_variables, optimizers_of
 
@@ -34,8 +34,9 @@ def check_local(model: keras.Model, sync_every: int) -> None:
             f"sync_every={sync_every} does not go with the statistics of whole mini-batches that layer"
             f" {synchronized[0]!r} takes (synchronized=True); leave one out"
         )
-    losses = [loss for loss in keras.tree.flatten(model.loss) if loss is not None]
-    mixing = [loss for loss in losses if mixes_rows(loss) or getattr(loss, "reduction", None) == "sum"]
+    losses = [keras.losses.get(loss) for loss in keras.tree.flatten(model.loss)]
+    sums = [loss for loss in losses if isinstance(loss, keras.losses.Loss) and loss.reduction in ("sum", "none", None)]
+    mixing = [*sums, *filter(mixes_rows, losses)]
     if mixing:
         raise ConfigError(
             f"sync_every={sync_every} does not go with loss {getattr(mixing[0], 'name', mixing[0])!r}, which is no mean"
@@ -58,11 +59,12 @@ def average(model: keras.Model, collective: Collective, share: tf.Tensor, assign
         share: scalar: this rank's rows over the rows of the mini-batch.
         assigned: what steps assign besides weights and optimizers.
     """
-    changed = [*model.trainable_variables, *assigned]
+    trained = [variable for optimizer in optimizers_of(model) for variable in trained_by(optimizer)]
+    changed = [*model.trainable_variables, *trained, *assigned]
     own = [v for name, v in named_variables(model).items() if name.startswith("model/") and _is_in(v, changed)]
     of_optimizers = [variable for optimizer in optimizers_of(model) for variable in optimizer.variables]
-    scalars = {v.path.replace("/", "_") for v in model.trainable_variables if len(v.shape) == 0}  # as slots are called
-    slots = [v for v in of_optimizers if len(v.shape) > 0 or any(name in v.path for name in scalars)]
+    scalars = tuple(v.path.replace("/", "_") + "_" for v in changed if len(v.shape) == 0)  # as their slots begin
+    slots = [v for v in of_optimizers if len(v.shape) > 0 or v.path.split("/")[-1].startswith(scalars)]
     averaged = [variable for variable in (*own, *slots) if tf.as_dtype(variable.dtype).is_floating]
     led = [variable for variable in (*own, *of_optimizers) if not _is_in(variable, averaged)]
     means = collective.all_reduce([_part(variable.value, share) for variable in averaged], "average")

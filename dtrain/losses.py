@@ -136,7 +136,7 @@ def whole_batch(loss: T) -> T:
 
 def mixes_rows(loss: Any) -> bool:
     """Whether a Keras loss (or a metric made of one) must see the whole mini-batch at once."""
-    function = getattr(loss, "fn", None) or getattr(loss, "_fn", None)
+    function = getattr(loss, "fn", None) or getattr(loss, "_fn", None) or loss
     marked = any(getattr(item, "dtrain_whole_batch", False) for item in (loss, function))
     return marked or isinstance(loss, _MIX_ROWS) or function in _FUNCTIONS_MIX_ROWS
 

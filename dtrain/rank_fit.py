@@ -49,10 +49,10 @@ if TYPE_CHECKING:
 
 CALL_SECONDS = 0.15
 """A call into TensorFlow runs about so many seconds of steps where nothing needs to see each of them."""
-WINDOW_BYTES = 2 << 30
-"""The same where a call is what a rank trains by itself, which the user decides on."""
 CALL_BYTES = 64 << 20
 """A call's data takes at most about so many bytes."""
+WINDOWS_BYTES = 4 << 30
+"""The same of two calls, one of which is read ahead, where the user decides how many steps a rank trains by itself."""
 
 
 class RankFit:
@@ -87,12 +87,6 @@ class RankFit:
         self._callbacks = callbacks
         self._hooks = replica.batch_hooks("train", callbacks)
         self._batch_bytes = batch_bytes
-        if replica.trains_by_itself and replica.steps_per_execution("train") * batch_bytes[0] > WINDOW_BYTES:
-            raise ConfigError(
-                f"sync_every={replica.steps_per_execution('train')}: a worker holds the rows of so many mini-batches at"
-                f" once, of {batch_bytes[0] / 2**20:.0f} MiB each, and may hold {WINDOW_BYTES / 2**30:g} GiB of them;"
-                " make it smaller"
-            )
         self._position = Position(plan.initial_epoch, 0)
         self._logs: Logs = {}
         self._epoch_logs: Logs = {}
@@ -112,6 +106,8 @@ class RankFit:
 
     def begin(self, saved: SavedFit | None) -> None:
         """Call `on_train_begin`, and put back what was saved."""
+        if saved is None and self._replica.trains_by_itself:
+            self._check_window()
         self._model.stop_training = False
         if saved is not None:
             saved = self._prepared(saved)
@@ -120,6 +116,14 @@ class RankFit:
             self._go_on_from(saved)
         if saved is None or saved.own:
             self._seeds = {0: seeds_of(self._model)}
+
+    def _check_window(self) -> None:
+        every, size = self._replica.steps_per_execution("train"), self._batch_bytes[0]
+        if 2 * every * size > WINDOWS_BYTES:
+            raise ConfigError(
+                f"sync_every={every}: a worker holds the rows of twice so many mini-batches at once, {size / 2**20:.0f}"
+                f" MiB each, and may hold {WINDOWS_BYTES / 2**30:g} GiB of them; make it smaller"
+            )
 
     def run(self, segment: Segment) -> SegmentResult:
         """Train the segment's steps; where it ends an epoch, validate and call the epoch's hooks too."""

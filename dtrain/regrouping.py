@@ -20,7 +20,7 @@ from dtrain.worker_group import GroupBroken, WorkerGroup
 if TYPE_CHECKING:
     from dtrain.controller import Display, FitRecord
 
-MOST_REFUSALS = 6
+MOST_REFUSALS = 3
 """Of newcomers: each doubles the number of segments until the ranks are asked again, up to this."""
 
 
@@ -99,6 +99,7 @@ class Regrouping:
         """Whether workers wait to be taken in."""
         if self._fit.segments > self._asked_again_after:
             self._is_to_grow = self._is_to_grow or self._group.can_grow()
+            self._refusals = self._refusals if self._is_to_grow else 0
         return self._is_to_grow
 
     def grow(self) -> None:

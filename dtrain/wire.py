@@ -20,7 +20,7 @@ SHORTENED = tf.float32, tf.float64
 
 
 def buckets(gradients: Sequence[tf.Tensor]) -> list[list[int]]:
-    """The numbers of those that travel together, the earliest first.
+    """The numbers of those that travel together, in the order in which they are complete.
 
     A large one travels alone: Horovod copies what travels together into one buffer, and out again.
 
@@ -59,7 +59,7 @@ def in_order(buckets: Sequence[Sequence[tf.Tensor]]) -> None:
         known |= _ancestors(earlier, known)
         newest = max((made[operation] for operation in known if operation._is_stateful), default=-1)
         next_ones = [operation for operation in _ancestors(later, known) if made[operation] > newest]
-        with tf.control_dependencies(earlier):
+        with tf.control_dependencies(None), tf.control_dependencies(earlier):  # nothing else, whoever calls
             gate = tf.no_op()
         for operation in next_ones:
             if any(given.op in known for given in operation.inputs):

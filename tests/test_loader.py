@@ -155,8 +155,17 @@ def test_what_was_read_early_comes_in_chunks_that_are_short_enough() -> None:
     loader.epochs = 1
     list(loader.chunks(0, 0, 2, 3))
     found, expected = ([*each.chunks(0, 2, 6, 2)] for each in (loader, plain))
-    assert [chunk.num_steps for chunk in found] == [2, 2, 2]  # as if nothing had been read early
+    assert [chunk.num_steps for chunk in found] == [2, 1, 2, 1] and found[1].first_step == 4
     assert [row for chunk in found for row in rows_of(chunk)] == [row for chunk in expected for row in rows_of(chunk)]
+    loader.close()
+
+
+def test_what_is_asked_for_as_one_chunk_comes_as_one() -> None:
+    loader = Loader(ArraySource(X), BatchPlan(101, 10), 0, 1)
+    loader.epochs = 1
+    list(loader.chunks(0, 0, 2, 3))  # 2 to 4 are read early
+    assert [chunk.num_steps for chunk in loader.chunks(0, 2, 2, 3)] == [2]  # 4 is kept
+    assert [chunk.num_steps for chunk in loader.chunks(0, 4, 3, 3)] == [3]
     loader.close()
 
 
@@ -169,7 +178,7 @@ def test_what_is_left_of_a_chunk_read_early_is_kept() -> None:
         [row for place in calls for chunk in each.chunks(*place) for row in rows_of(chunk)] for each in (loader, plain)
     )
     assert found == expected
-    assert source.reads == 4  # 0, 1 to 8, 7 to 9, 10
+    assert source.reads == 4  # 0, 1 to 8, 9, 10
     assert loader_threads() == []
 
 

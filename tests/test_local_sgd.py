@@ -10,6 +10,7 @@ import cloudpickle
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 from ranks import Ranks
 
@@ -18,6 +19,7 @@ from dtrain.collective import LocalCollective
 from dtrain.data.sampler import shard
 from dtrain.data.source import ArraySource
 from dtrain.errors import ConfigError
+from dtrain.local_sgd import average
 from dtrain.replica import Replica
 from dtrain.testing import FaultPlan, kill
 from dtrain.types import BatchPlan, FitPlan, Position, Segment, StepOptions
@@ -94,6 +96,23 @@ def test_a_window_is_plain_keras_on_each_rank_and_a_mean(
             np.testing.assert_allclose(mine, its, rtol=0, atol=1e-10)
         assert loss == every[0][1]
         assert all(np.array_equal(*pair) for pair in zip(weights[:2], make_model().get_weights()[:2], strict=True))
+
+
+def averaged(collective: Any) -> list[Any]:
+    """A layer that was frozen after the optimizer had been built for it, as the half of a GAN is."""
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(2), layers.Dense(1)])
+    model.compile("sgd", "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.layers[0].trainable = False
+    for variable in model.variables:
+        variable.assign(np.full(variable.shape, 1.0 + 2 * collective.rank))
+    average(model, collective, tf.constant(0.5, tf.float64), [])
+    return model.get_weights()  # type: ignore[no-any-return]
+
+
+def test_what_an_optimizer_was_built_for_is_averaged_even_if_it_is_frozen(ranks: Ranks) -> None:
+    for weights in ranks.run(2, averaged):
+        assert all((weight == 2.0).all() for weight in weights)
 
 
 def test_one_rank_is_plain_keras() -> None:
@@ -179,6 +198,8 @@ def synchronized() -> keras.Model:
         (accumulating, "gradient_accumulation_steps"),
         (scaled, "gradient_accumulation_steps"),
         (partial(with_loss, keras.losses.Dice()), "loss 'dice'"),
+        (partial(with_loss, "dice"), "dice"),
+        (partial(with_loss, keras.losses.MeanSquaredError(reduction="none")), "loss 'mean_squared_error'"),
         (partial(with_loss, keras.losses.MeanSquaredError(reduction="sum")), "loss 'mean_squared_error'"),
         (synchronized, "synchronized=True"),
         (partial(make_model, steps_per_execution=2), "steps_per_execution=2"),

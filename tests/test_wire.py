@@ -80,6 +80,21 @@ def test_order_agrees_with_what_tensorflow_adds() -> None:
     assert [float(gradient[0, 0]) for gradient in found] == [2.0, 4.0]
 
 
+def test_order_holds_within_control_dependencies_of_the_user_s() -> None:
+    kernels = [tf.Variable(tf.fill([3, 3], 0.1)) for _ in range(2)]
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def gradients(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.tanh(tf.tanh(x @ kernels[0]) @ kernels[1]))
+        found = tape.gradient(loss, kernels)
+        with tf.control_dependencies([tf.debugging.check_numerics(gradient, "gradient") for gradient in found]):
+            wire.in_order([[found[1]], [found[0]]])
+        return found
+
+    assert all(np.isfinite(gradient).all() for gradient in gradients(tf.ones([2, 3])))
+
+
 def many_sums(collective: Any) -> bool:
     """More names than Horovod remembers at once, in two groups that follow each other."""
 

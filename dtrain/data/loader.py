@@ -235,13 +235,14 @@ class Loader:
     ) -> tuple[ThreadPoolExecutor, deque[Future[Chunk]], int]:
         """A thread, the chunks that it has read already, and the step after them.
 
-        Chunks are those that there would be if nothing had been read early.
+        Steps that are asked for as one chunk come as one, whatever was read early.
         """
         parts: deque[Future[Chunk]] = deque()
         early, taken = self._early, 0
         if early is not None and early.position == position:
-            for _, count in self._spans(position.epoch, position.step, num_steps, longest):
-                if taken + count > len(early.steps):
+            for _, whole in self._spans(position.epoch, position.step, num_steps, longest):
+                count = min(whole, len(early.steps) - taken)
+                if count == 0 or (count < whole and num_steps <= longest):
                     break
                 parts.append(early.pool.submit(_part, early.chunk, early.steps[taken : taken + count]))
                 taken += count
