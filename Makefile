@@ -46,7 +46,7 @@ soak: setup ## kill runs 50 times (KILLS=8: fewer), then a fit's workers for hal
 	$(RUN)/python tests/soak.py --kills $(or $(KILLS),50)
 	$(RUN)/python tests/survival.py --minutes $(or $(MINUTES),30)
 
-bench: tools ## time dtrain against plain Keras, Horovod and tf.distribute (about half an hour; BENCH=mlp: one row)
+bench: tools ## time dtrain against plain Keras, Horovod and tf.distribute (about 40 minutes; BENCH=mlp: one row)
 	$(UV) sync --frozen --all-extras --no-extra gpu --group bench
 	$(RUN)/python -m benchmarks.suite $(BENCH)
 

@@ -244,7 +244,7 @@ ROWS = (
             ),
             Ratio("all-reduce of 100 MB at 1 Gbit/s / ring bound", to_ring_bound, "all-reduce", 1.1, at_most=True),
         ),
-        share=0.5,
+        share=0.3,
     ),
     Row(
         "accumulation",
@@ -261,7 +261,7 @@ ROWS = (
                 at_most=True,
             ),
         ),
-        share=0.5,
+        share=0.3,
     ),
     Row(
         "deep",
@@ -374,6 +374,7 @@ ROWS = (
             "cnn", {OURS: lambda: Ours("cnn"), "not": lambda: Ours("cnn", is_exact=False, deterministic=False)}
         ),
         (time_ratio("deterministic / not", "not", 1.1),),
+        share=0.4,
     ),
     Row(
         "batch-norm",
@@ -389,6 +390,7 @@ ROWS = (
             },
         ),
         (time_ratio("sync_batch_norm=True / False", "own rows", 1.5),),
+        share=0.4,
     ),
     Row(
         "memory",
