@@ -368,6 +368,10 @@ class TestBeforeAnythingStarts:
             (lambda: dtrain.CheckpointConfig(keep=0), "keep=0 must be 1 or more"),
             (lambda: dtrain.CheckpointConfig(keep=2.5), r"keep=2\.5 must be 1 or more, and whole"),  # type: ignore[arg-type]
             (lambda: dtrain.CheckpointConfig(monitor=["loss"]), "monitor=.* name of a metric"),  # type: ignore[arg-type]
+            (
+                lambda: dtrain.FailureConfig(check_replicas_every=0),
+                "check_replicas_every=0 must be a whole number of steps, 1 or more, or None",
+            ),
             (lambda: dtrain.FailureConfig(max_failures=-1), "max_failures=-1 must be a whole number"),
             (
                 lambda: dtrain.FailureConfig(hang_timeout=0),

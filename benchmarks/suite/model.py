@@ -33,6 +33,7 @@ from benchmarks.suite.processes import Group
 from benchmarks.suite.work import WORKS
 from dtrain import wire
 from dtrain.collective import HorovodCollective, LocalCollective
+from dtrain.policy import SEGMENT_SECONDS
 from dtrain.rendezvous import RendezvousServer, assign
 
 WORK = "cnn"
@@ -44,7 +45,6 @@ SUMS, STEPS, ROUNDS = 40, 60, 5
 CALIBRATED, CHECKED = (2, 3), 4
 PROJECTED = 16, 64, 256, 1024, 4096
 
-SEGMENT_SECONDS = 2.0
 CALLS_PER_SECOND = 8000
 """So many calls of actors a driver makes; each rank is called twice a segment."""
 FAILURES_PER_HOUR = 1 / 8000
